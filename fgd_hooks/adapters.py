@@ -1,0 +1,86 @@
+"""Adapters: small trainable modules that bring a student feature to the teacher's number of channels.
+
+An adapter maps (N, C_student, H, W) to (N, C_teacher, H, W). Register one of your own with::
+
+    @register_adapter("deep")
+    def deep(student_channels: int, teacher_channels: int) -> nn.Module: ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from fgd_hooks.registry import Factory, Registry
+
+ADAPTERS = Registry("adapter")
+
+
+def register_adapter(name: str) -> Callable[[Factory], Factory]:
+    """Decorator that registers a factory ``(student_channels, teacher_channels) -> nn.Module`` under ``name``."""
+    return ADAPTERS.register(name)
+
+
+def list_adapters() -> list[str]:
+    """Names of all registered adapters."""
+    return ADAPTERS.names()
+
+
+def create_adapter(name: str, student_channels: int, teacher_channels: int) -> nn.Module:
+    """Build the adapter ``name``; ``"auto"`` is ``identity`` where the channels match and ``conv1x1`` elsewhere.
+
+    Raises:
+        UnknownNameError: no adapter has that name.
+        ValueError: the adapter cannot map these channels.
+    """
+    if name == "auto":
+        name = "identity" if student_channels == teacher_channels else "conv1x1"
+    adapter: Any = ADAPTERS.create(name, student_channels, teacher_channels)
+    if not isinstance(adapter, nn.Module):
+        raise ValueError(f"The adapter {name!r} gave a {type(adapter).__name__}; its factory must return an nn.Module.")
+    return adapter
+
+
+@register_adapter("identity")
+def identity(student_channels: int, teacher_channels: int) -> nn.Module:
+    """The feature as it is; only for equal channels.
+
+    Raises:
+        ValueError: the channels differ.
+    """
+    if student_channels != teacher_channels:
+        raise ValueError(
+            f"The adapter 'identity' needs equal channels, but the student has {student_channels} and the teacher "
+            f"{teacher_channels}. Use 'auto' or 'conv1x1'."
+        )
+    return nn.Identity()
+
+
+@register_adapter("conv1x1")
+def conv1x1(student_channels: int, teacher_channels: int) -> nn.Module:
+    """One 1x1 convolution with bias, as in the authors' code."""
+    return nn.Conv2d(student_channels, teacher_channels, 1)
+
+
+@register_adapter("conv1x1_bn")
+def conv1x1_bn(student_channels: int, teacher_channels: int) -> nn.Module:
+    """1x1 convolution without bias, then batch normalisation."""
+    return nn.Sequential(nn.Conv2d(student_channels, teacher_channels, 1, bias=False), nn.BatchNorm2d(teacher_channels))
+
+
+@register_adapter("mlp")
+def mlp(student_channels: int, teacher_channels: int) -> nn.Module:
+    """1x1 convolution, ReLU, 1x1 convolution, at the teacher's width."""
+    return nn.Sequential(
+        nn.Conv2d(student_channels, teacher_channels, 1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(teacher_channels, teacher_channels, 1),
+    )
+
+
+@register_adapter("conv3x3")
+def conv3x3(student_channels: int, teacher_channels: int) -> nn.Module:
+    """One 3x3 convolution with bias and padding 1."""
+    return nn.Conv2d(student_channels, teacher_channels, 3, padding=1)

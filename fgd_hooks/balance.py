@@ -1,0 +1,160 @@
+"""How strong the distillation is: a scale for each level, fixed or measured from gradients.
+
+The paper's weights fit the losses and the 256-channel necks of mmdetection. On another detector they can be off by
+orders of magnitude, and differently for each level. The gradient balance keeps the ratios between the parts of the
+loss and measures the scale: such that at the tapped student feature the norm of the distillation's gradient is
+``ratio`` times the norm of the task's gradient.
+
+The two norms are measured apart, in steps that come every ``interval`` steps. In such a step the student's feature
+enters the distillation detached, as a leaf. So the gradient that arrives at the feature in the backward pass is the
+task's alone (the levels of a neck feed each other: with the distillation switched on, the gradient at P3 would hold
+that of P4 and P5, and subtracting P3's own would not remove it), and the gradient at the leaf is that of this level's
+distillation alone. Both come from the loop's own backward pass: no second pass, no retained graph, and a loss scaler
+multiplies both alike. The price is one step in ``interval`` in which the student learns from the task alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fgd_hooks.config import BalanceConfig
+
+
+class Balance:
+    """The scales of the levels' distillation losses.
+
+    Args:
+        config: mode, target ratio, moving average and bounds.
+        count: number of levels L.
+
+    Attributes:
+        scales: (L,) what the losses are multiplied by; 1 each in mode "fixed".
+        ratios: (L,) |distillation gradient| / |task gradient| found by the last measurement, with the scales then in
+            use; NaN before the first.
+    """
+
+    def __init__(self, config: BalanceConfig, count: int) -> None:
+        self.config = config
+        self.scales = torch.ones(count)
+        self.ratios = torch.full((count,), math.nan)
+        self._measured = torch.zeros(count)  # measurements that counted, per level
+        self._steps = 0
+        self._pending: list[dict[str, Tensor]] = []
+        self._weight = 1.0
+
+    @property
+    def measures(self) -> bool:
+        """Whether this kind of balance measures at all."""
+        return self.config.mode == "gradient"
+
+    def to(self, device: torch.device) -> None:
+        """Keep the scales on the device of the losses, so that no step waits for the device."""
+        if self.scales.device != device:
+            for name in ("scales", "ratios", "_measured"):
+                setattr(self, name, getattr(self, name).to(device))
+
+    def next_step(self) -> bool:
+        """Close the last measurement, if one is open, and say whether the step that begins now measures.
+
+        The first two steps measure, so that a scale is never used unmeasured, and then every ``interval``-th.
+        """
+        self._close()
+        if not self.measures:
+            return False
+        step, self._steps = self._steps, self._steps + 1
+        return step < 2 or step % self.config.interval == 0
+
+    def observe(self, features: list[Tensor], weight: float) -> list[Tensor]:
+        """Begin a measurement: returns leaves that stand in for the student's features (N, C, H, W) in the distillation.
+
+        The norms are taken when the backward pass of this step comes along; when none comes, nothing is measured.
+
+        Args:
+            features: the student's tapped features.
+            weight: what the losses are multiplied by in this step besides ``scales``.
+        """
+        self._pending = []
+        self._weight = weight
+        leaves = []
+        for feature in features:
+            record: dict[str, Tensor] = {}
+            leaf = feature.detach().requires_grad_()
+            feature.register_hook(_norm_recorder(record, "task"))
+            leaf.register_hook(_norm_recorder(record, "distillation"))
+            self._pending.append(record)
+            leaves.append(leaf)
+        return leaves
+
+    @property
+    def factors(self) -> Tensor:
+        """(L,) the scales to use: 0 for a level that no measurement has reached yet."""
+        return self.scales * (self._measured > 0) if self.measures else self.scales
+
+    def _close(self) -> None:
+        pending, self._pending = self._pending, []
+        if any(len(record) < 2 for record in pending) or not pending:
+            return
+        self.update(
+            torch.stack([record["task"] for record in pending]),
+            torch.stack([record["distillation"] for record in pending]) / (self.scales * self._weight),
+        )
+
+    def update(self, task: Tensor, distillation: Tensor) -> None:
+        """Take one measurement into the scales.
+
+        Args:
+            task: (L,) norms of the task's gradient at the student's features.
+            distillation: (L,) norms of the distillation's gradient there, for a scale of 1.
+
+        A level whose norms are 0 or not finite keeps its scale. The moving average is one of the scale's logarithm,
+        with the plain mean at the beginning.
+        """
+        config = self.config
+        task, distillation = task.to(self.scales), distillation.to(self.scales)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            both = torch.stack([task, distillation]).square()
+            torch.distributed.all_reduce(both)  # the ranks must agree on the scales
+            task, distillation = both.sqrt()
+        if not config.per_level:
+            task, distillation = (norms.square().sum().sqrt().expand_as(norms) for norms in (task, distillation))
+        target = config.ratio * task / distillation
+        good = torch.isfinite(target) & (target > 0)
+        found = torch.where(good, target, torch.ones_like(target)).clamp(config.min_scale, config.max_scale)
+        kept = (self._measured / (self._measured + 1)).clamp(max=config.momentum)
+        change = (1 - kept) * (found.log() - self.scales.log())
+        limit = torch.where(self._measured > 0, math.log(config.max_change), math.inf)
+        change = torch.minimum(torch.maximum(change, -limit), limit)
+        self.ratios = torch.where(good, distillation * self.scales / task, self.ratios)
+        self.scales = torch.where(good, (self.scales.log() + change).exp(), self.scales)
+        self.scales = self.scales.clamp(config.min_scale, config.max_scale) if self.measures else self.scales
+        self._measured = self._measured + good
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training needs: plain tensors and numbers."""
+        state = {name: getattr(self, name).cpu() for name in ("scales", "ratios", "_measured")}
+        return {**state, "_steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: it is the state of another number of levels.
+        """
+        if tuple(state["scales"].shape) != tuple(self.scales.shape):
+            raise ValueError(
+                f"The saved balance has {state['scales'].numel()} levels; this distillation has {self.scales.numel()}."
+            )
+        for name in ("scales", "ratios", "_measured"):
+            setattr(self, name, state[name].to(self.scales.device).clone())
+        self._steps = int(state["_steps"])
+
+
+def _norm_recorder(record: dict[str, Tensor], key: str) -> Any:
+    def hook(gradient: Tensor) -> None:
+        record[key] = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32)
+
+    return hook

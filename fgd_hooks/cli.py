@@ -1,0 +1,210 @@
+"""The ``fgd`` command: train, levels, eval, quickstart."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fgd_hooks.config import ConfigError, load_config
+from fgd_hooks.pyramid import Level, LevelPair, PairingError, find_levels, pair_levels
+from fgd_hooks.registry import UnknownNameError
+from fgd_hooks.sidefile import SideFileError
+from fgd_hooks.taps import TapError
+from fgd_hooks.teacher import TeacherError
+
+USER_ERRORS = (ConfigError, TeacherError, PairingError, TapError, SideFileError, UnknownNameError, FileNotFoundError)
+
+TRAIN_EPILOG = """\
+example:
+  fgd train teacher=yolo26s.pt model=yolo26n.pt data=coco8.yaml epochs=100 imgsz=640 fgd.balance.ratio=0.5
+
+keys:
+  teacher=   weights of the teacher (required)
+  model=     weights or yaml of the student; with resume=True the last.pt to go on from (required)
+  config=    YAML file with the settings of the distillation
+  fgd.*=     single settings of the distillation; they win over config=
+  all other keys go to Ultralytics' model.train() unchanged
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code (2 for a mistake of the user's, with one clear line)."""
+    parser = argparse.ArgumentParser(prog="fgd", description="Focal and Global Distillation for object detectors.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    train = commands.add_parser(
+        "train",
+        help="train a YOLO student with a teacher",
+        epilog=TRAIN_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument("settings", nargs="*", metavar="key=value")
+    train.set_defaults(run=_train)
+
+    levels = commands.add_parser("levels", help="show a model's feature levels, and how a teacher's pair with them")
+    levels.add_argument("model", help="YOLO weights or yaml file (the student)")
+    levels.add_argument("teacher", nargs="?", help="YOLO weights or yaml file")
+    levels.add_argument("--imgsz", type=int, default=640, help="side of the probe's square image in pixels")
+    levels.set_defaults(run=_levels)
+
+    evaluate = commands.add_parser("eval", help="COCO metrics (pycocotools) of a model, also per class")
+    evaluate.add_argument("model", help="YOLO weights")
+    evaluate.add_argument("settings", nargs="*", metavar="key=value", help="data= (required), split=, imgsz=, ...")
+    evaluate.set_defaults(run=_eval)
+
+    quickstart = commands.add_parser(
+        "quickstart", help="watch a small YOLO learn from a bigger one, on drawn data, without any download"
+    )
+    quickstart.add_argument("--out", type=Path, default=Path("quickstart"), help="folder for data, runs and report")
+    quickstart.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the student runs")
+    quickstart.set_defaults(run=_quickstart)
+
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s")
+    try:
+        return int(arguments.run(arguments) or 0)
+    except USER_ERRORS as error:
+        print(f"fgd {arguments.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def key_values(settings: Sequence[str]) -> dict[str, Any]:
+    """``["imgsz=640", ...]`` as Ultralytics' own command line reads it.
+
+    Raises:
+        ConfigError: a text without "=", or a key that is given twice.
+    """
+    from ultralytics.cfg import parse_key_value_pair
+
+    values: dict[str, Any] = {}
+    for text in settings:
+        if "=" not in text or text.startswith("="):
+            raise ConfigError(f"{text!r} cannot be read; expected key=value.")
+        key, value = parse_key_value_pair(text)
+        if key in values:
+            raise ConfigError(f"{key} is given twice.")
+        values[key] = value
+    return values
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    ours = [text.removeprefix("fgd.") for text in arguments.settings if text.startswith("fgd.")]
+    rest = [text for text in arguments.settings if not text.startswith("fgd.")]
+    settings = key_values(rest)
+    for key, meaning in (("teacher", "weights of the teacher"), ("model", "weights or yaml of the student")):
+        if not settings.get(key):
+            raise ConfigError(f"{key}= is missing ({meaning}); see fgd train --help.")
+    config = load_config(settings.pop("config", None), ours)
+
+    from fgd_hooks.integrations.ultralytics import FGDCallback
+
+    callback = FGDCallback(settings.pop("teacher"), config)
+    model = load_yolo(settings.pop("model"))
+    if "data" in settings:
+        check_data(str(settings["data"]))
+    callback.attach(model)
+    try:
+        model.train(**settings)
+    except SyntaxError as error:  # Ultralytics' own word for an unknown key
+        raise ConfigError(str(error)) from error
+
+
+def load_yolo(model: str) -> Any:
+    """The ``YOLO`` object of a weights or yaml file.
+
+    Raises:
+        FileNotFoundError: there is no such file, and Ultralytics knows no download of that name.
+    """
+    from ultralytics import RTDETR, YOLO
+
+    try:
+        return (RTDETR if "rtdetr" in Path(model).stem else YOLO)(model)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"The model file {model!r} does not exist, and no download has that name.") from error
+
+
+def check_data(data: str) -> None:
+    """Refuse a data yaml that neither exists nor is one that Ultralytics brings along.
+
+    Raises:
+        FileNotFoundError: names the file.
+    """
+    from ultralytics.utils.checks import check_file
+
+    if data.endswith((".yaml", ".yml")) and "://" not in data and not check_file(data, hard=False):
+        raise FileNotFoundError(f"The data file {data!r} does not exist, here or among Ultralytics' own data sets.")
+
+
+def _levels(arguments: argparse.Namespace) -> None:
+    import torch
+
+    names = [arguments.model, *([arguments.teacher] if arguments.teacher else [])]
+    pyramids = []
+    for name in names:
+        module = load_yolo(name).model
+        first = next(module.parameters())
+        channels = int(getattr(module, "yaml", {}).get("channels", 3))
+        example = torch.zeros(1, channels, arguments.imgsz, arguments.imgsz, dtype=first.dtype, device=first.device)
+        pyramids.append(find_levels(module, example=example, role=name))
+    if arguments.teacher:
+        pairs = pair_levels(pyramids[0], pyramids[1])
+        _print_pairs(arguments.model, arguments.teacher, pyramids, pairs)
+    else:
+        _print_levels(arguments.model, pyramids[0])
+
+
+def _table(title: str, columns: Sequence[str]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("level", "tap", "adapter", "taught by") else "right")
+    return table
+
+
+def _print_levels(name: str, levels: Sequence[Level]) -> None:
+    from rich.console import Console
+
+    table = _table(name, ("level", "stride", "channels", "map", "tap"))
+    for level in levels:
+        size = f"{level.size[0]}x{level.size[1]}"
+        table.add_row(level.name, str(level.stride), str(level.channels), size, str(level.tap))
+    Console().print(table)
+
+
+def _print_pairs(
+    student: str, teacher: str, pyramids: Sequence[Sequence[Level]], pairs: Sequence[LevelPair]
+) -> None:
+    from rich.console import Console
+
+    table = _table(f"{student}  <-  {teacher}", ("level", "stride", "student", "teacher", "adapter", "tap"))
+    for pair in pairs:
+        adapter = "identity" if pair.student.channels == pair.teacher.channels else "conv1x1"
+        taps = f"{pair.student.tap}  <-  {pair.teacher.tap}"
+        channels = str(pair.student.channels), str(pair.teacher.channels)
+        table.add_row(pair.name, str(pair.student.stride), *channels, adapter, taps)
+    for role, side, used in (
+        ("student", pyramids[0], [p.student for p in pairs]),
+        ("teacher", pyramids[1], [p.teacher for p in pairs]),
+    ):
+        for level in side:
+            if level not in used:
+                row = [str(level.channels), "-"] if role == "student" else ["-", str(level.channels)]
+                table.add_row(level.name, str(level.stride), *row, "not distilled", str(level.tap))
+    Console().print(table)
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    raise NotImplementedError
+
+
+def _quickstart(arguments: argparse.Namespace) -> None:
+    raise NotImplementedError
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,351 @@
+"""Typed configuration: plain dataclasses, read from YAML, from dicts and from ``key=value`` texts.
+
+Reading and merging is OmegaConf's (imported only then); a configuration written in Python needs nothing but this file.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fgd_hooks.registry import suggestion
+
+
+class ConfigError(ValueError):
+    """A configuration with an unknown key, a wrong type or an impossible value."""
+
+
+def _require(holds: bool, key: str, found: object, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"{key} is {found!r}; expected {expected}.")
+
+
+def _one_of(key: str, found: str, known: Sequence[str]) -> None:
+    if found not in known:
+        raise ConfigError(f"{key} is {found!r}. {suggestion(str(found), known)}")
+
+
+def _positive(key: str, value: float) -> None:
+    _require(math.isfinite(value) and value > 0, key, value, "a finite number above 0")
+
+
+def _not_negative(key: str, value: float) -> None:
+    _require(math.isfinite(value) and value >= 0, key, value, "a finite number, 0 or more")
+
+
+@dataclass
+class LossConfig:
+    """Which loss compares a student level with a teacher level, and its weights.
+
+    Args:
+        name: a registered loss ("fgd", "imitation", or one of your own).
+        preset: the paper's weights for a kind of detector, for "fgd": two_stage, anchor_based, anchor_free or fcos.
+        options: arguments of the loss by name; for "fgd" they replace the preset's
+            (temperature, alpha, beta, gamma, lambda_).
+    """
+
+    name: str = "fgd"
+    preset: str = "anchor_based"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class BalanceConfig:
+    """How strong the distillation is (see fgd_hooks/balance.py).
+
+    Args:
+        mode: "gradient" measures the scale, "fixed" uses the loss's weights as they are.
+        ratio: target of |gradient of the distillation| / |gradient of the task| at the tapped student feature.
+        per_level: one scale for each level, or one for all.
+        momentum: of the moving average of the measured scale, 0 to below 1.
+        interval: steps from one measurement to the next; the student does not distil in a step that measures.
+        min_scale: lower bound of the scale.
+        max_scale: upper bound of the scale.
+        max_change: largest factor by which one measurement may move the scale.
+    """
+
+    mode: str = "gradient"
+    ratio: float = 0.5
+    per_level: bool = True
+    momentum: float = 0.9
+    interval: int = 10
+    min_scale: float = 1e-8
+    max_scale: float = 1e8
+    max_change: float = 2.0
+
+    def __post_init__(self) -> None:
+        _one_of("balance.mode", self.mode, ("gradient", "fixed"))
+        _positive("balance.ratio", self.ratio)
+        _require(0 <= self.momentum < 1, "balance.momentum", self.momentum, "a number from 0 to below 1")
+        _require(self.interval >= 2, "balance.interval", self.interval, "2 or more steps")
+        _positive("balance.min_scale", self.min_scale)
+        _positive("balance.max_scale", self.max_scale)
+        _require(
+            self.min_scale <= self.max_scale,
+            "balance.min_scale",
+            self.min_scale,
+            f"at most balance.max_scale ({self.max_scale})",
+        )
+        _require(self.max_change > 1, "balance.max_change", self.max_change, "a factor above 1")
+
+
+@dataclass
+class ScheduleConfig:
+    """The weight over time (see fgd_hooks/schedule.py).
+
+    Args:
+        kind: "constant", "linear" or "cosine" decay from 1 to ``end``.
+        warmup_steps: steps over which the weight rises from 0 at the start of the training.
+        start_epoch: first epoch that distils; below 1, a fraction of the training.
+        stop_epoch: first epoch that no longer distils; below 1, a fraction of the training; null, never.
+        end: the factor at the end of a decay.
+    """
+
+    kind: str = "constant"
+    warmup_steps: int = 0
+    start_epoch: float = 0.0
+    stop_epoch: float | None = None
+    end: float = 0.0
+
+    def __post_init__(self) -> None:
+        _one_of("schedule.kind", self.kind, ("constant", "linear", "cosine"))
+        _not_negative("schedule.warmup_steps", self.warmup_steps)
+        _not_negative("schedule.start_epoch", self.start_epoch)
+        if self.stop_epoch is not None:
+            _positive("schedule.stop_epoch", self.stop_epoch)
+            if (self.start_epoch < 1) == (self.stop_epoch < 1):
+                expected = f"more than schedule.start_epoch ({self.start_epoch})"
+                _require(self.stop_epoch > self.start_epoch, "schedule.stop_epoch", self.stop_epoch, expected)
+        _require(0 <= self.end <= 1, "schedule.end", self.end, "a number from 0 to 1")
+
+
+@dataclass
+class TeacherConfig:
+    """How the frozen teacher runs.
+
+    Args:
+        dtype: the precision of its forward pass: "auto" as the loop around it (its autocast, if any), or "float32",
+            "bfloat16" or "float16" by an autocast of its own.
+        fuse: let a teacher that an integration loads itself fold its batch normalisations into its convolutions
+            (exact in eval mode up to rounding, faster).
+    """
+
+    dtype: str = "auto"
+    fuse: bool = True
+
+    def __post_init__(self) -> None:
+        _one_of("teacher.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+
+
+@dataclass
+class OptimizerConfig:
+    """The optimiser of adapters and context blocks where an integration owns it (AdamW).
+
+    Args:
+        lr: learning rate at the start; it follows the host's schedule.
+        weight_decay: AdamW's.
+        clip: largest norm of their gradient.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    clip: float = 10.0
+
+    def __post_init__(self) -> None:
+        _positive("optimizer.lr", self.lr)
+        _not_negative("optimizer.weight_decay", self.weight_decay)
+        _positive("optimizer.clip", self.clip)
+
+
+@dataclass
+class FGDConfig:
+    """Everything about one distillation.
+
+    Args:
+        weight: of the whole distillation; 0 switches it off, and the run is the stock run.
+        student_taps: where the student's levels are (names, globs); null: the maps that feed its head.
+        teacher_taps: the same for the teacher.
+        levels: names of the levels to use ("P3", ...) out of those that pair; null: all.
+        adapter: a registered adapter, or "auto" (identity where channels match, conv1x1 elsewhere).
+        resize: resample the student's map where its size differs from the teacher's; an error otherwise.
+        max_bad_steps: this many steps in a row without a finite distillation loss end the training with an error.
+        log_interval: steps from one TensorBoard record to the next; 0: none.
+    """
+
+    weight: float = 1.0
+    student_taps: list[str] | None = None
+    teacher_taps: list[str] | None = None
+    levels: list[str] | None = None
+    adapter: str = "auto"
+    resize: bool = False
+    max_bad_steps: int = 50
+    log_interval: int = 10
+    loss: LossConfig = field(default_factory=LossConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        _not_negative("weight", self.weight)
+        for key in ("student_taps", "teacher_taps", "levels"):
+            value = getattr(self, key)
+            _require(value is None or len(value) > 0, key, value, "null or a list of at least one")
+        _require(self.max_bad_steps >= 1, "max_bad_steps", self.max_bad_steps, "1 or more")
+        _not_negative("log_interval", self.log_interval)
+
+
+def known_keys(schema: type = FGDConfig, prefix: str = "") -> list[str]:
+    """All keys in dotted form, ``balance.ratio`` and so on, sections included."""
+    keys: list[str] = []
+    for name, kind in typing.get_type_hints(schema).items():
+        keys.append(prefix + name)
+        if dataclasses.is_dataclass(kind):
+            keys += known_keys(typing.cast(type, kind), f"{prefix}{name}.")
+    return keys
+
+
+def load_config(
+    config: FGDConfig | Mapping[str, Any] | str | Path | None = None,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+) -> FGDConfig:
+    """Build a checked configuration.
+
+    Args:
+        config: a configuration, a (nested) dict, a YAML file, or None for the defaults.
+        overrides: ``["balance.ratio=1", ...]`` or ``{"balance.ratio": 1, ...}``; they win.
+
+    Raises:
+        FileNotFoundError: the YAML file does not exist.
+        ConfigError: an unknown key, a wrong type or an impossible value; the message names the key, the place it came
+            from and the nearest known key.
+    """
+    if isinstance(config, FGDConfig) and not overrides:
+        return copy.deepcopy(config)
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    tree = OmegaConf.structured(FGDConfig)
+    for source, values in (_from_config(config), _from_overrides(overrides)):
+        _check_keys(values, source)
+        try:
+            tree = OmegaConf.merge(tree, values)
+        except OmegaConfBaseException as error:
+            key = getattr(error, "full_key", None) or "?"
+            raise ConfigError(f"{source}: {key}: {str(error).splitlines()[0]}") from error
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
+    where = ", ".join(dict.fromkeys(s for s, v in (_from_config(config), _from_overrides(overrides)) if v))
+    try:
+        return typing.cast(FGDConfig, OmegaConf.to_object(tree))
+    except ConfigError as error:
+        raise ConfigError(f"{where or 'configuration'}: {error}") from None
+
+
+def config_to_dict(config: FGDConfig) -> dict[str, Any]:
+    """The configuration as nested plain values, for YAML and for side files."""
+    return dataclasses.asdict(config)
+
+
+def save_config(config: FGDConfig, path: str | Path) -> None:
+    """Write the configuration as YAML; :func:`load_config` reads it back."""
+    from omegaconf import OmegaConf
+
+    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(config_to_dict(config))), encoding="utf-8")
+
+
+def _from_config(config: FGDConfig | Mapping[str, Any] | str | Path | None) -> tuple[str, dict[str, Any]]:
+    if config is None:
+        return "defaults", {}
+    if isinstance(config, FGDConfig):
+        return "configuration", config_to_dict(config)
+    if isinstance(config, Mapping):
+        return "configuration", {str(key): value for key, value in config.items()}
+    import yaml
+
+    path = Path(config)
+    if not path.is_file():
+        raise FileNotFoundError(f"The configuration file {str(path)!r} does not exist.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no valid YAML: {error}") from error
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}; expected keys and values.")
+    return str(path), values
+
+
+def _from_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    import yaml
+
+    if isinstance(overrides, Mapping):
+        pairs = list(overrides.items())
+    else:
+        pairs = []
+        for text in overrides:
+            key, equals, value = text.partition("=")
+            if not equals or not key:
+                raise ConfigError(f"The override {text!r} cannot be read; expected key=value.")
+            # YAML 1.1 reads 1e-3 as text; numbers are what a user means there
+            try:
+                pairs.append((key, float(value) if "e" in value.lower() else yaml.safe_load(value)))
+            except ValueError:
+                pairs.append((key, yaml.safe_load(value)))
+            except yaml.YAMLError as error:
+                raise ConfigError(f"The override {text!r} cannot be read: {error}") from error
+    nested: dict[str, Any] = {}
+    for key, value in pairs:
+        *sections, last = str(key).split(".")
+        place = nested
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"overrides: {key!r} and another override give the same key twice.")
+        if isinstance(value, Mapping) and isinstance(place.get(last), dict):
+            place[last].update(value)
+        else:
+            place[last] = dict(value) if isinstance(value, Mapping) else value
+    return "overrides", nested
+
+
+def _check_keys(values: Mapping[str, Any], source: str, schema: type = FGDConfig, prefix: str = "") -> None:
+    hints = typing.get_type_hints(schema)
+    for key, value in values.items():
+        if key not in hints:
+            raise ConfigError(
+                f"{source}: there is no key {prefix}{key!s}. {suggestion(prefix + str(key), known_keys())}"
+            )
+        kind = hints[key]
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{source}: {prefix}{key} is a section; found {value!r}.")
+            _check_keys(value, source, typing.cast(type, kind), f"{prefix}{key}.")
+        elif not _fits(value, kind):
+            expected = str(kind) if isinstance(kind, types.UnionType) else getattr(kind, "__name__", str(kind))
+            raise ConfigError(f"{source}: {prefix}{key} is {value!r}; expected {expected}.")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a plain value has the annotated type (no text for a number, no number for a text, no bool for either)."""
+    if isinstance(kind, types.UnionType):
+        return any(_fits(value, each) for each in typing.get_args(kind))
+    origin = typing.get_origin(kind) or kind
+    if origin is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if origin is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if origin is list:
+        item = typing.get_args(kind)[0]
+        return isinstance(value, (list, tuple)) and all(_fits(each, item) for each in value)
+    if origin is types.NoneType:
+        return value is None
+    return isinstance(value, origin)

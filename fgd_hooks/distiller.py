@@ -1,0 +1,355 @@
+"""The Distiller: taps, adapters, losses, balance, schedule and a frozen teacher; what a training loop calls."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fgd_hooks.adapters import create_adapter
+from fgd_hooks.balance import Balance
+from fgd_hooks.config import ConfigError, FGDConfig, LossConfig, load_config
+from fgd_hooks.losses import PRESETS, LossResult, create_loss
+from fgd_hooks.masks import PackedBoxes, check_boxes
+from fgd_hooks.pyramid import Level, LevelPair, find_levels, pair_levels
+from fgd_hooks.registry import suggestion
+from fgd_hooks.schedule import Clock, schedule_factor
+from fgd_hooks.taps import FeatureTaps, TapError, unwrap
+from fgd_hooks.teacher import FrozenTeacher, check_apart
+
+logger = logging.getLogger("fgd_hooks")
+
+
+class NonFiniteError(RuntimeError):
+    """The distillation loss was NaN or infinite for too many steps in a row."""
+
+
+@dataclass
+class Distilled:
+    """What one step of distillation gives.
+
+    Args:
+        loss: (), to be added to the task's loss.
+        parts: each part of the loss summed over the levels, as it enters ``loss`` (detached).
+        levels: the same for each level: ``levels["P3"]["foreground"]`` (detached).
+        raw: each level's parts before the loss's own weights, the balance and the schedule (detached).
+        weight: what the schedule and the configured weight make of this step; 0 when it does not distil.
+        measured: whether this step measured the balance, so that the student learned from the task alone.
+    """
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+    levels: dict[str, dict[str, Tensor]]
+    raw: dict[str, dict[str, Tensor]]
+    weight: float
+    measured: bool = False
+
+
+class Distiller(nn.Module):
+    """Lets a frozen teacher teach a student through the feature maps of their necks.
+
+    ::
+
+        distiller = Distiller(student, teacher)
+        optimizer.add_param_group({"params": distiller.parameters()})
+        for images, targets in loader:
+            task_loss = criterion(student(images), targets)
+            distilled = distiller(images, boxes)
+            (task_loss + distilled.loss).backward()
+
+    ``parameters()`` and ``state_dict()`` hold what is trained (adapters, context blocks) and nothing else. Student and
+    teacher are no submodules; the teacher is frozen and stays in eval mode. Use it as a context manager, or call
+    :meth:`detach`, to remove every hook again.
+
+    Args:
+        student: the model that learns; wrappers (DDP, DataParallel, compile) are looked through.
+        teacher: the model that teaches.
+        config: an :class:`~fgd_hooks.config.FGDConfig`, a dict, a YAML file, or None for the defaults.
+        example: what both models are called with in the probe; None: zeros of 256 x 256 pixels.
+
+    Raises:
+        TeacherError: the teacher is the student, shares its weights or holds NaN.
+        TapError: a tap cannot be resolved, or no levels are found.
+        PairingError: no level is common.
+        ConfigError: the configuration does not fit (unknown level or loss option).
+        ValueError: an adapter or the level's sizes do not match.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        config: FGDConfig | Mapping[str, Any] | str | Path | None = None,
+        *,
+        example: Any = None,
+    ) -> None:
+        super().__init__()
+        self.config = config = load_config(config)
+        student, teacher = unwrap(student), unwrap(teacher)
+        check_apart(student, teacher)
+        self.pairs = self._choose(
+            pair_levels(
+                find_levels(student, config.student_taps, example=example, role="student"),
+                find_levels(teacher, config.teacher_taps, example=example, role="teacher"),
+            )
+        )
+        self.adapters = nn.ModuleDict()
+        self.losses = nn.ModuleDict()
+        for pair in self.pairs:
+            self._check_sizes(pair)
+            self.adapters[pair.name] = create_adapter(config.adapter, pair.student.channels, pair.teacher.channels)
+            self.losses[pair.name] = build_loss(config.loss, pair.teacher.channels)
+        reference = next(student.parameters(), torch.empty(0))
+        self.to(reference.device)
+        self.balance = Balance(config.balance, len(self.pairs))
+        self.clock = Clock()
+        self._finite = torch.ones((), dtype=torch.bool)
+        self._bad_steps = torch.zeros(2, dtype=torch.long)  # in a row, in all
+        for parameter in self.parameters():
+            parameter.register_hook(self._guard)
+        self._teacher = FrozenTeacher(teacher, [pair.teacher.tap for pair in self.pairs], config.teacher)
+        self.taps = FeatureTaps(student, [pair.student.tap for pair in self.pairs], role="student", grad_only=True)
+
+    @property
+    def level_names(self) -> list[str]:
+        """Names of the distilled levels, finest first: "P3", ..."""
+        return [pair.name for pair in self.pairs]
+
+    @property
+    def part_names(self) -> list[str]:
+        """Names of the loss's parts, the keys of :attr:`Distilled.parts`."""
+        return list(next(iter(self.losses.values())).part_names)  # type: ignore[arg-type]
+
+    def set_epoch(self, epoch: int, epochs: int | None = None) -> None:
+        """Tell the schedule which epoch begins (from 0) and how many there will be."""
+        self.clock.epoch, self.clock.epochs = epoch, epochs
+
+    def forward(
+        self, images: Any, boxes: Sequence[Tensor] | PackedBoxes, *, canvas: tuple[int, int] | None = None
+    ) -> Distilled:
+        """Distil the batch that the student has just seen.
+
+        Args:
+            images: what the teacher is called with, usually the student's (N, 3, H, W) batch.
+            boxes: ground truth of each image, a list of N float tensors (n_i, 4) of pixel x1 y1 x2 y2, or packed.
+            canvas: (h, w) in pixels that the feature maps cover; None: the size of ``images``.
+
+        Raises:
+            TapError: a tap did not fire, or the student's feature takes no gradient.
+            ValueError: boxes or features do not fit together.
+            NonFiniteError: NaN or infinite for ``max_bad_steps`` steps in a row.
+        """
+        weight = self.config.weight * schedule_factor(self.config.schedule, self.clock)
+        self.clock.step += 1
+        if weight == 0 or not torch.is_grad_enabled():
+            self.taps.clear()
+            return self._nothing()
+        features = self.taps.pop()
+        self._check_gradient(features)
+        device = features[0].device
+        self._teacher.to(device)
+        if not isinstance(boxes, PackedBoxes):
+            if canvas is None:
+                canvas = (int(images.shape[-2]), int(images.shape[-1]))
+            if self.clock.step <= 3 or all(each.device.type == "cpu" for each in boxes):
+                check_boxes(boxes, canvas)  # a GPU waits for this check, so there it is made at the start only
+            boxes = PackedBoxes.from_list(boxes, canvas, device)
+        if boxes.num_images != features[0].shape[0]:
+            raise ValueError(
+                f"There are boxes for {boxes.num_images} image(s), but the student's features hold "
+                f"{features[0].shape[0]}. Pass one (n, 4) tensor per image, empty where it has no object."
+            )
+        taught = self._teacher.features(images)
+        self.balance.to(device)
+        measuring = self.balance.next_step()
+        if measuring:
+            features = self.balance.observe(features, weight)
+        results = [
+            self._level(pair, feature, target, boxes)
+            for pair, feature, target in zip(self.pairs, features, taught, strict=True)
+        ]
+        scales = self.balance.scales if measuring else self.balance.factors
+        return self._assemble(results, scales * weight, weight, measuring)
+
+    def _level(self, pair: LevelPair, student: Tensor, teacher: Tensor, boxes: PackedBoxes) -> LossResult:
+        if student.requires_grad:
+            student = student.view_as(student)
+            student.register_hook(self._guard)
+        adapted = self.adapters[pair.name](student)
+        if adapted.shape[2:] != teacher.shape[2:]:
+            if not self.config.resize:
+                raise ValueError(
+                    f"At level {pair.name} the student's map is {tuple(adapted.shape[2:])} and the teacher's "
+                    f"{tuple(teacher.shape[2:])} cells. Give both models the same input size, or set resize=true."
+                )
+            adapted = nn.functional.interpolate(adapted, teacher.shape[2:], mode="bilinear", align_corners=False)
+        result: LossResult = self.losses[pair.name](adapted, teacher, boxes)
+        return result
+
+    def _assemble(self, results: list[LossResult], factors: Tensor, weight: float, measuring: bool) -> Distilled:
+        total = (torch.stack([result.loss for result in results]) * factors).sum()
+        self._finite = torch.isfinite(total.detach())
+        self._count_bad_step()
+        levels: dict[str, dict[str, Tensor]] = {}
+        raw: dict[str, dict[str, Tensor]] = {}
+        for number, (name, result) in enumerate(zip(self.level_names, results, strict=True)):
+            raw[name] = {part: value.detach() for part, value in result.raw.items()}
+            levels[name] = {part: value.detach() * factors[number] for part, value in result.parts.items()}
+        parts = {part: torch.stack([level[part] for level in levels.values()]).sum() for part in self.part_names}
+        loss = torch.where(self._finite, total, torch.zeros_like(total))
+        return Distilled(loss, parts, levels, raw, weight, measuring)
+
+    def _guard(self, gradient: Tensor) -> Tensor:
+        """Gradient hook: nothing flows from a loss that is not finite, without asking the device."""
+        return torch.where(self._finite, gradient, torch.zeros_like(gradient))
+
+    def _count_bad_step(self) -> None:
+        bad = (~self._finite).long()
+        self._bad_steps = torch.stack([(self._bad_steps[0].to(bad) + 1) * bad, self._bad_steps[1].to(bad) + bad])
+        # reading the counter makes a GPU wait, so there it is read now and then only
+        if bad.device.type == "cpu" or self.clock.step % self.config.max_bad_steps == 0:
+            in_a_row, in_all = self._bad_steps.tolist()
+            if in_a_row == 1 and bad.device.type == "cpu":
+                logger.warning(
+                    "Step %d: the distillation loss is not finite; the step uses the task's loss alone (%d so far).",
+                    self.clock.step,
+                    in_all,
+                )
+            if in_a_row >= self.config.max_bad_steps:
+                raise NonFiniteError(
+                    f"The distillation loss was NaN or infinite for {in_a_row} steps in a row. Look at the teacher's "
+                    "features on your data, at the precision of the training (amp), and at the learning rate; "
+                    "max_bad_steps sets the number of steps that are tolerated."
+                )
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps so far whose distillation loss was not finite and was left out."""
+        return int(self._bad_steps[1])
+
+    def _nothing(self) -> Distilled:
+        """A step without distillation. Under DDP the parameters must take part in each step all the same."""
+        device = next(self.parameters(), torch.empty(0)).device
+        loss = torch.zeros((), device=device)
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.is_grad_enabled():
+            loss = loss + 0.0 * sum(parameter.sum() for parameter in self.parameters())
+        zeros = {part: torch.zeros((), device=device) for part in self.part_names}
+        levels = {name: dict(zeros) for name in self.level_names}
+        return Distilled(loss, dict(zeros), levels, {name: dict(zeros) for name in levels}, 0.0)
+
+    def _choose(self, pairs: list[LevelPair]) -> list[LevelPair]:
+        names = [pair.name for pair in pairs]
+        for wanted in self.config.levels or []:
+            if wanted not in names:
+                raise ConfigError(f"levels names {wanted!r}, but the levels that pair are {', '.join(names)}.")
+        return [pair for pair in pairs if self.config.levels is None or pair.name in self.config.levels]
+
+    def _check_sizes(self, pair: LevelPair) -> None:
+        if pair.student.size != pair.teacher.size and not self.config.resize:
+            raise ValueError(
+                f"At level {pair.name} the student's map ({pair.student.tap}) has {pair.student.size} cells and the "
+                f"teacher's ({pair.teacher.tap}) {pair.teacher.size} for the same input. Set resize=true to resample "
+                "the student's, or name other taps."
+            )
+
+    def _check_gradient(self, features: list[Tensor]) -> None:
+        for pair, feature in zip(self.pairs, features, strict=True):
+            if not feature.requires_grad:
+                raise TapError(
+                    f"The student's feature at {pair.name} ({pair.student.tap}) takes no gradient, so distilling it "
+                    "would change nothing. All layers before it are frozen, or it was detached: unfreeze them, or "
+                    "leave this level out (levels=[...])."
+                )
+
+    def training_state(self) -> dict[str, Any]:
+        """All that a resumed training needs: parameters, balance and clock; plain tensors and numbers."""
+        return {
+            "levels": [signature(pair) for pair in self.pairs],
+            "loss": self.config.loss.name,
+            "adapter": self.config.adapter,
+            "modules": {name: tensor.cpu() for name, tensor in self.state_dict().items()},
+            "balance": self.balance.state_dict(),
+            "step": self.clock.step,
+        }
+
+    def load_training_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`training_state` gave; nothing is changed when it does not fit.
+
+        Raises:
+            ValueError: it is the state of other levels, adapters or losses, or it is damaged.
+        """
+        mine = {
+            "levels": [signature(pair) for pair in self.pairs],
+            "loss": self.config.loss.name,
+            "adapter": self.config.adapter,
+        }
+        for key, expected in mine.items():
+            found = state.get(key)
+            if found != expected:
+                raise ValueError(
+                    f"The saved state belongs to another distillation: its {key} is {found!r}, here it is "
+                    f"{expected!r}. Use the student, teacher and configuration it was saved with, or remove the file."
+                )
+        modules, own = state.get("modules"), self.state_dict()
+        shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+        if not isinstance(modules, Mapping) or {name: tuple(t.shape) for name, t in modules.items()} != shapes:
+            raise ValueError("The saved state does not hold the tensors of these adapters and losses; remove the file.")
+        self.balance.load_state_dict(state["balance"])
+        self.load_state_dict(dict(modules))
+        self.clock.step = int(state["step"])
+
+    def describe(self) -> str:
+        """One line per level: what is distilled into what, and the trained parameters."""
+        lines = [
+            f"{pair.name} (stride {pair.student.stride}): student {pair.student.channels} -> teacher "
+            f"{pair.teacher.channels} channels, {type(self.adapters[pair.name]).__name__}"
+            for pair in self.pairs
+        ]
+        count = sum(parameter.numel() for parameter in self.parameters())
+        return "\n".join([*lines, f"{count:,} parameters of adapters and loss are trained beside the student"])
+
+    def detach(self) -> None:
+        """Remove every hook and give the teacher back as it was; may be called again."""
+        self.taps.detach()
+        self._teacher.release()
+
+    def __enter__(self) -> Distiller:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.detach()
+
+
+def signature(pair: LevelPair) -> str:
+    """What must be equal for a level's state to fit: name, stride and channels."""
+
+    def side(level: Level) -> str:
+        return f"stride {level.stride}, {level.channels} channels"
+
+    return f"{pair.name}: {side(pair.student)} / {side(pair.teacher)}"
+
+
+def build_loss(config: LossConfig, channels: int) -> nn.Module:
+    """The loss of one level.
+
+    Raises:
+        UnknownNameError: no loss has that name.
+        ConfigError: the preset or an option does not exist, or a value is impossible.
+    """
+    options = dict(config.options)
+    if config.name == "fgd":
+        if config.preset not in PRESETS:
+            raise ConfigError(f"loss.preset is {config.preset!r}. {suggestion(config.preset, PRESETS)}")
+        options = {**PRESETS[config.preset], **options}
+    try:
+        loss: nn.Module = create_loss(config.name, channels=channels, **options)
+    except TypeError as error:
+        raise ConfigError(f"loss.options do not fit the loss {config.name!r}: {error}") from error
+    except ValueError as error:
+        raise ConfigError(f"loss.options: {error}") from error
+    return loss

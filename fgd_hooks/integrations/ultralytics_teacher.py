@@ -1,0 +1,76 @@
+"""Load a teacher for the Ultralytics callback: a file, a ``YOLO`` object or any ``nn.Module``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fgd_hooks.registry import suggestion
+from fgd_hooks.teacher import TeacherError
+
+TASKS = ("detect", "segment", "pose", "obb")
+
+
+def load_teacher(teacher: str | Path | nn.Module | Any, *, fuse: bool = True) -> nn.Module:
+    """The teacher's module, in float32.
+
+    A file goes through Ultralytics' own loader, which unpickles it: load weights only from a source that you trust.
+
+    Args:
+        teacher: a weights file (or the name of one that Ultralytics knows where to download), a ``YOLO`` object, or a
+            module, which is used as it is.
+        fuse: fold batch normalisations into convolutions where the teacher is loaded from a file here.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TeacherError: the file cannot be read, or it is no detector.
+    """
+    if isinstance(teacher, (str, Path)):
+        module = _load_file(Path(teacher))
+        _check_task(module, str(teacher))
+        return module.fuse(verbose=False) if fuse and hasattr(module, "fuse") else module
+    module = getattr(teacher, "model", None) if hasattr(teacher, "add_callback") else teacher
+    if not isinstance(module, nn.Module):
+        raise TeacherError(
+            f"The teacher is a {type(teacher).__name__}; expected a weights file, a YOLO object with weights, or an "
+            "nn.Module."
+        )
+    _check_task(module, type(teacher).__name__)
+    return module
+
+
+def _load_file(path: Path) -> Any:
+    from ultralytics.nn.tasks import load_checkpoint
+    from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
+
+    if path.suffix in (".yaml", ".yml"):
+        raise TeacherError(
+            f"The teacher {str(path)!r} describes an architecture and holds no weights; an untrained teacher teaches "
+            "nothing. Give a .pt file."
+        )
+    if not path.is_file() and path.name not in GITHUB_ASSETS_NAMES:
+        folder = path.parent
+        present = sorted(f.name for f in folder.glob("*.pt")) if folder.is_dir() else []
+        hint = suggestion(path.name, [*present, *GITHUB_ASSETS_NAMES]) if present else f"{folder} holds no .pt file."
+        raise FileNotFoundError(f"The teacher file {str(path)!r} does not exist. {hint}")
+    try:
+        module = load_checkpoint(str(path))[0]
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise TeacherError(f"The teacher file {str(path)!r} is no Ultralytics checkpoint: {error}") from error
+    return module.float()
+
+
+def _check_task(module: nn.Module, name: str) -> None:
+    task = getattr(module, "task", None)
+    if task is None and hasattr(module, "yaml") and hasattr(module, "model"):
+        from ultralytics.nn.tasks import guess_model_task
+
+        task = guess_model_task(module)
+    if task is not None and task not in TASKS:
+        raise TeacherError(
+            f"The teacher {name} is a model for the task {task!r}; FGD needs a detector with a neck ({', '.join(TASKS)})."
+        )

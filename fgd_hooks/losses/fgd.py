@@ -1,0 +1,217 @@
+"""Focal and Global Distillation of one pyramid level (FGD, CVPR 2022, arXiv 2111.11837)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fgd_hooks.losses.base import FeatureLoss, LossResult, check_features, pack_boxes, register_loss
+from fgd_hooks.losses.context import GcBlock
+from fgd_hooks.losses.fused import Terms, fused_terms, no_autocast
+from fgd_hooks.masks import Canvas, PackedBoxes, box_masks
+from fgd_hooks.registry import suggestion
+
+PRESETS: dict[str, dict[str, float]] = {
+    "two_stage": {"temperature": 0.5, "alpha": 5e-5, "beta": 2.5e-5, "gamma": 5e-5, "lambda_": 5e-7},
+    "anchor_based": {"temperature": 0.5, "alpha": 1e-3, "beta": 5e-4, "gamma": 5e-4, "lambda_": 5e-6},
+    "anchor_free": {"temperature": 0.5, "alpha": 1.6e-3, "beta": 8e-4, "gamma": 8e-4, "lambda_": 8e-6},
+    "fcos": {"temperature": 0.8, "alpha": 1.6e-3, "beta": 8e-4, "gamma": 8e-4, "lambda_": 8e-6},
+}
+"""The authors' settings by kind of detector: Faster and Mask R-CNN; RetinaNet, GFL and SOLO; RepPoints; FCOS."""
+
+
+def spatial_attention(feature: Tensor, temperature: float = 0.5) -> Tensor:
+    """Where a feature map is active (the paper's Eq. 2 and 4): H*W * softmax over the cells of mean_c |F| / T.
+
+    Args:
+        feature: (N, C, H, W) of any floating type.
+        temperature: T; smaller is sharper.
+
+    Returns:
+        (N, H, W), float32 or float64, with mean 1 over the cells of each image.
+    """
+    with no_autocast(feature.device):
+        height, width = feature.shape[2:]
+        logits = feature.abs().mean(1, dtype=_compute_dtype(feature)).flatten(1) / temperature
+        return torch.softmax(logits, 1).mul(height * width).view(-1, height, width)
+
+
+def channel_attention(feature: Tensor, temperature: float = 0.5) -> Tensor:
+    """Which channels of a feature map are active (the paper's Eq. 3 and 5): C * softmax over c of mean_hw |F| / T.
+
+    Args:
+        feature: (N, C, H, W) of any floating type.
+        temperature: T; smaller is sharper.
+
+    Returns:
+        (N, C), float32 or float64, with mean 1 over the channels of each image.
+    """
+    with no_autocast(feature.device):
+        logits = feature.abs().mean((2, 3), dtype=_compute_dtype(feature)) / temperature
+        return torch.softmax(logits, 1) * feature.shape[1]
+
+
+@register_loss("fgd")
+class FGDLoss(FeatureLoss):
+    """Focal and global distillation of one level.
+
+        foreground = alpha  * sum S A_S^t A_C^t (F_t - F_s)^2 / N
+        background = beta   * sum B A_S^t A_C^t (F_t - F_s)^2 / N
+        attention  = gamma  * (sum |A_S^s - A_S^t| + sum |A_C^s - A_C^t|) / N
+        global     = lambda * sum (R_t(F_t) - R_s(F_s))^2 / N
+
+    with the masks S and B of :func:`fgd_hooks.masks.box_masks`, the attentions A_S and A_C of the teacher (t) and the
+    student (s), and a trained context block R for each. All arithmetic is in float32, or float64 if a feature is,
+    whatever autocast says.
+
+    A weight of 0 saves that part's work; the part is then 0. The weights are plain attributes and may be changed
+    between steps.
+
+    Args:
+        channels: C of both features.
+        temperature: T of both attentions.
+        alpha: weight of the foreground part.
+        beta: weight of the background part.
+        gamma: weight of the attention part.
+        lambda_: weight of the global part.
+        fused: compute with :mod:`fgd_hooks.losses.fused`: several times faster, a fraction of the memory, the same
+            numbers, but no second derivative. False, and always under ``torch.compile``, means plain PyTorch
+            operations, which have one.
+
+    Raises:
+        ValueError: channels below 2, a temperature that is not positive, a weight that is negative or not finite.
+    """
+
+    part_names = ("foreground", "background", "attention", "global")
+
+    def __init__(
+        self,
+        channels: int,
+        temperature: float = 0.5,
+        alpha: float = 1e-3,
+        beta: float = 5e-4,
+        gamma: float = 5e-4,
+        lambda_: float = 5e-6,
+        fused: bool = True,
+    ) -> None:
+        super().__init__()
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f"temperature must be positive and finite, found {temperature}.")
+        for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma), ("lambda_", lambda_)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be 0 or positive, and finite, found {value}.")
+        self.channels = channels
+        self.temperature = temperature
+        self.alpha, self.beta, self.gamma, self.lambda_ = alpha, beta, gamma, lambda_
+        self.fused = fused
+        self.student_context = GcBlock(channels)
+        self.teacher_context = GcBlock(channels)
+
+    @classmethod
+    def from_preset(cls, preset: str, channels: int, **changes: Any) -> FGDLoss:
+        """The loss with the authors' settings for a kind of detector (see :data:`PRESETS`).
+
+        Args:
+            preset: "two_stage", "anchor_based", "anchor_free" or "fcos".
+            channels: C of both features.
+            **changes: arguments that shall differ from the preset.
+
+        Raises:
+            ValueError: no such preset.
+        """
+        if preset not in PRESETS:
+            raise ValueError(f"There is no FGD preset {preset!r}. {suggestion(preset, PRESETS)}")
+        return cls(channels, **{**PRESETS[preset], **changes})
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each part by its name."""
+        return dict(zip(self.part_names, (self.alpha, self.beta, self.gamma, self.lambda_), strict=True))
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        boxes: Sequence[Tensor] | PackedBoxes,
+        canvas: Canvas | None = None,
+    ) -> LossResult:
+        """The four parts for one level; arguments as in :meth:`FeatureLoss.forward`.
+
+        Raises:
+            ValueError: features that differ in shape or in channels from the loss, boxes of another number of images.
+        """
+        check_features(student, teacher, self.channels)
+        teacher = teacher.detach()
+        dtype = _compute_dtype(student, teacher)
+        terms = Terms(*(weight != 0 for weight in self.weights.values()))
+        n, _, height, width = student.shape
+        if terms.focal:
+            masks = box_masks(pack_boxes(boxes, canvas, student), height, width, dtype)
+        else:
+            masks = (student.new_zeros((n, height, width), dtype=dtype),) * 2
+        with no_autocast(student.device):
+            if self.fused and not torch.compiler.is_compiling():
+                blocks = self.student_context.weights(), self.teacher_context.weights()
+                values = fused_terms(student, teacher, *masks, *blocks, self.temperature, terms)
+            else:
+                values = self._plain_terms(student.to(dtype), teacher.to(dtype), *masks, terms)
+            raw = dict(zip(self.part_names, values, strict=True))
+            parts = {name: raw[name] * weight for name, weight in self.weights.items()}
+            total = torch.stack(tuple(parts.values())).sum()
+        return LossResult(parts, raw, total)
+
+    def _plain_terms(
+        self, student: Tensor, teacher: Tensor, foreground: Tensor, background: Tensor, terms: Terms
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What :func:`fused_terms` computes, from differentiable operations."""
+        zero = (student.flatten()[:1] * 0).sum()
+        fg, bg, at, gl = zero, zero, zero, zero
+        spatial, channel = (f(teacher, self.temperature) for f in (spatial_attention, channel_attention))
+        if terms.focal:
+            energy = spatial * torch.einsum("nchw,nc->nhw", (teacher - student).square(), channel)
+            fg = (foreground * energy).sum() if terms.foreground else zero
+            bg = (background * energy).sum() if terms.background else zero
+        if terms.attention:
+            at = (spatial_attention(student, self.temperature) - spatial).abs().sum()
+            at = at + (channel_attention(student, self.temperature) - channel).abs().sum()
+        if terms.context:
+            gl = (self.teacher_context(teacher) - self.student_context(student)).square().sum()
+        n = student.shape[0]
+        return fg / n, bg / n, at / n, gl / n
+
+    def load_official(self, state: Mapping[str, Tensor]) -> None:
+        """Load the context blocks from a state_dict of the authors' loss class.
+
+        Their ``conv_mask_s``, ``channel_add_conv_s.0/1/3`` and the same with ``_t`` become ``student_context`` and
+        ``teacher_context``; 1x1 convolutions become linear layers. ``conv_mask_*.bias``, which has no effect, and
+        ``align.*``, which is an adapter here, are left out.
+
+        Raises:
+            ValueError: a key is missing or of another size.
+        """
+        mine = self.state_dict()
+        for key, value in mine.items():
+            name = official_name(key)
+            if name not in state:
+                raise ValueError(f"The state_dict has no {name!r}: it is not one of the authors' FGD loss.")
+            if state[name].numel() != value.numel():
+                raise ValueError(
+                    f"{name} has shape {tuple(state[name].shape)}, which is not that of {self.channels} channels."
+                )
+            mine[key] = state[name].reshape(value.shape)
+        self.load_state_dict(mine)
+
+
+def official_name(key: str) -> str:
+    """What the authors' loss class calls the entry ``key`` of :meth:`FGDLoss.state_dict`."""
+    block, layer, kind = key.split(".")
+    theirs = {"attend": "conv_mask_{}", "reduce": "channel_add_conv_{}.0", "norm": "channel_add_conv_{}.1"}
+    return f"{theirs.get(layer, 'channel_add_conv_{}.3').format(block[0])}.{kind}"
+
+
+def _compute_dtype(*features: Tensor) -> torch.dtype:
+    return torch.float64 if any(f.dtype == torch.float64 for f in features) else torch.float32

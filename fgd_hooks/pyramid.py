@@ -1,0 +1,244 @@
+"""A model's feature levels, measured by a probe, and the pairing of student and teacher levels by stride."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fgd_hooks.taps import FeatureTaps, Tap, TapError, expand_taps, run_until_tapped, unwrap
+
+logger = logging.getLogger("fgd_hooks")
+
+PROBE_SIZE = 256  # pixels, square: divisible by every stride in use (up to P7 = 128)
+
+
+class PairingError(ValueError):
+    """Student and teacher have no feature level in common."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """One feature level of a model.
+
+    Args:
+        tap: where it is captured.
+        channels: C of its (N, C, H, W) map.
+        stride: input pixels per cell.
+        size: (H, W) of the map at the probe.
+    """
+
+    tap: Tap
+    channels: int
+    stride: int
+    size: tuple[int, int]
+
+    @property
+    def name(self) -> str:
+        """``P3`` for stride 8 and so on; ``S12`` for a stride that is no power of two."""
+        exponent = math.log2(self.stride)
+        return f"P{int(exponent)}" if exponent.is_integer() else f"S{self.stride}"
+
+
+@dataclass(frozen=True)
+class LevelPair:
+    """A student's level and the teacher's level that teaches it."""
+
+    name: str
+    student: Level
+    teacher: Level
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Run a probe inside this block and leave no trace.
+
+    Inside, every module is in eval mode and no gradient is recorded. Afterwards all modules have the attributes that
+    they had before (training flags, cached anchors and the like), and so has the global random state.
+    """
+    modules = list(model.modules())
+    saved = [dict(vars(module)) for module in modules]
+    devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=[d.index for d in devices]), torch.no_grad():
+            for module in modules:
+                module.training = False
+            yield
+    finally:
+        for module, attributes in zip(modules, saved, strict=True):
+            vars(module).clear()
+            vars(module).update(attributes)
+
+
+def probe_input(model: nn.Module, size: int = PROBE_SIZE) -> Tensor:
+    """Zeros of shape (1, C, size, size) with the device, dtype and channels of the model's first convolution."""
+    convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if convolution is not None:
+        return convolution.weight.new_zeros(1, convolution.in_channels, size, size)
+    parameter = next(model.parameters(), torch.empty(0))
+    return parameter.new_zeros(1, 3, size, size)
+
+
+def find_levels(
+    model: nn.Module, taps: Sequence[str | Tap] | None = None, *, example: Any = None, role: str = "model"
+) -> list[Level]:
+    """The feature levels of a model, finest first, measured by one forward pass that leaves no trace.
+
+    Args:
+        model: any detector or backbone.
+        taps: where the levels are (names, globs, :class:`Tap`); None: the maps that feed the model's head, found as
+            the last list or dict of maps of different sizes that a module receives (or, where none does, returns).
+            A tap that holds a list or dict of maps gives a level for each.
+        example: what the model is called with; None: zeros of 256 x 256 pixels. Its first tensor's size is the
+            canvas against which strides are measured.
+        role: "student" or "teacher", for messages.
+
+    Raises:
+        TapError: a tap names no module, did not fire or holds no feature map, or no levels were found.
+    """
+    model = unwrap(model)
+    if example is None:
+        example = probe_input(model)
+    canvas = _canvas(example)
+    with untouched(model):
+        if taps is None:
+            found = _find_head_inputs(model, example, role)
+        else:
+            found = _expand_collections(model, expand_taps(model, taps), example)
+            with FeatureTaps(model, found, role=role, stop=True) as probe:
+                found = list(zip(found, run_until_tapped(model, probe, example), strict=True))
+    levels = [_measure(tap, feature, canvas) for tap, feature in found]
+    return sorted(levels, key=lambda level: level.stride)
+
+
+def _canvas(example: Any) -> tuple[int, int]:
+    while isinstance(example, (list, tuple)):
+        example = example[0]
+    if not isinstance(example, Tensor):
+        raise TapError(f"The probe's example must be a tensor or a list of tensors, not {type(example).__name__}.")
+    return int(example.shape[-2]), int(example.shape[-1])
+
+
+def _measure(tap: Tap, feature: Tensor, canvas: tuple[int, int]) -> Level:
+    height, width = int(feature.shape[2]), int(feature.shape[3])
+    stride = max(1, round(math.sqrt(canvas[0] / height * canvas[1] / width)))
+    return Level(tap, int(feature.shape[1]), stride, (height, width))
+
+
+def _collection(value: Any) -> list[tuple[int | str, Tensor]] | None:
+    """The maps of a list, tuple or dict of at least two feature maps of different sizes; None for anything else."""
+    if isinstance(value, Mapping):
+        items = list(value.items())
+    elif isinstance(value, (list, tuple)):
+        items = list(enumerate(value))
+    else:
+        return None
+    maps = [(key, item) for key, item in items if isinstance(item, Tensor) and item.ndim == 4]
+    sizes = {tuple(item.shape[2:]) for _, item in maps}
+    return maps if len(maps) >= 2 and len(sizes) == len(maps) else None
+
+
+def _observe(model: nn.Module, example: Any, see: Callable[[Tap, Any], None]) -> Exception | None:
+    """Run the model and show each module's input and output to ``see``; the error that ended the pass, if any."""
+    names = {module: name for name, module in model.named_modules()}
+
+    def pre(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args:
+            see(Tap(names[module], "input"), args[0])
+
+    def post(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        see(Tap(names[module]), output)
+
+    handles = [module.register_forward_pre_hook(pre) for module in names]
+    handles += [module.register_forward_hook(post) for module in names]
+    try:
+        model(example)
+    except Exception as error:  # a head that only runs in training may fail after its inputs were seen
+        return error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return None
+
+
+def _find_head_inputs(model: nn.Module, example: Any, role: str) -> list[tuple[Tap, Tensor]]:
+    inputs: list[tuple[Tap, Tensor]] = []
+    outputs: list[tuple[Tap, Tensor]] = []
+
+    def see(tap: Tap, value: Any) -> None:
+        maps = _collection(value)
+        if maps and not (tap.io == "input" and not tap.module):
+            found = inputs if tap.io == "input" else outputs
+            if not (tap.module or not found):
+                return  # what the model itself returns counts only when no module inside returns levels
+            found[:] = [(replace(tap, index=(key,)), item) for key, item in maps]
+
+    failure = _observe(model, example, see)
+    if inputs or outputs:
+        return inputs or outputs
+    if failure is not None:
+        raise TapError(
+            f"The probe of the {role} ({type(model).__name__}) failed: {failure}. Pass an example input that the "
+            "model accepts, or name the taps."
+        ) from failure
+    raise TapError(
+        f"No feature levels were found in the {role} ({type(model).__name__}): no module receives or returns a list "
+        "or dict of feature maps of different sizes. Name the taps, for example ['neck.p3', 'neck.p4', 'neck.p5']."
+    )
+
+
+def _expand_collections(model: nn.Module, taps: list[Tap], example: Any) -> list[Tap]:
+    """Replace each tap that holds a list or dict of maps by one tap for each of its maps."""
+    found: dict[Tap, list[Tap]] = {tap: [tap] for tap in taps}
+
+    def see(tap: Tap, value: Any) -> None:
+        if tap in found:
+            maps = _collection(value)
+            found[tap] = [replace(tap, index=(key,)) for key, _ in maps] if maps else [tap]
+
+    _observe(model, example, see)  # a failure that matters comes again, and is told, in the real probe
+    return [each for tap in taps for each in found[tap]]
+
+
+def describe_levels(levels: Sequence[Level]) -> str:
+    """One line per level: name, stride, channels and tap."""
+    return "\n".join(
+        f"  {level.name:<4} stride {level.stride:<4} {level.channels:>5} channels  {level.tap}" for level in levels
+    )
+
+
+def pair_levels(student: Sequence[Level], teacher: Sequence[Level]) -> list[LevelPair]:
+    """Pair levels of equal stride, finest first; levels of one model alone are left out, and that is logged.
+
+    Several levels of one stride (say, a backbone's and a neck's) pair in their order.
+
+    Raises:
+        PairingError: no stride is common; the message prints both pyramids.
+    """
+    pairs: list[LevelPair] = []
+    for stride in sorted({level.stride for level in student} & {level.stride for level in teacher}):
+        mine = [level for level in student if level.stride == stride]
+        theirs = [level for level in teacher if level.stride == stride]
+        for number, (one, other) in enumerate(zip(mine, theirs, strict=False)):
+            name = one.name if number == 0 else f"{one.name}_{number + 1}"
+            pairs.append(LevelPair(name, one, other))
+    if not pairs:
+        raise PairingError(
+            "Student and teacher have no feature level of the same stride.\n"
+            f"Student:\n{describe_levels(student)}\nTeacher:\n{describe_levels(teacher)}\n"
+            "Choose a teacher with a common stride, or name taps whose strides match."
+        )
+    for role, levels, used in (
+        ("student", student, [pair.student for pair in pairs]),
+        ("teacher", teacher, [pair.teacher for pair in pairs]),
+    ):
+        left_out = [f"{level.name} ({level.tap})" for level in levels if level not in used]
+        if left_out:
+            logger.warning("Levels of the %s without a partner are not distilled: %s", role, ", ".join(left_out))
+    return pairs

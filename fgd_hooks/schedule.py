@@ -1,0 +1,63 @@
+"""The weight of the distillation over time: warm-up, constant, linear or cosine, start and stop epoch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fgd_hooks.config import ScheduleConfig
+
+
+@dataclass
+class Clock:
+    """Where a training is. ``epochs`` (the total) may be None when the loop does not know it.
+
+    Args:
+        step: training steps done.
+        epoch: epochs done.
+        epochs: epochs that the training will have.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    epochs: int | None = None
+
+
+def schedule_factor(config: ScheduleConfig, clock: Clock) -> float:
+    """The factor in [0, 1] by which the distillation loss is multiplied now.
+
+    It is 0 before ``start_epoch`` and from ``stop_epoch`` on. In between it goes from 1 to ``end`` as ``kind`` says
+    (by epoch), and over the first ``warmup_steps`` steps of the training it rises linearly.
+
+    Raises:
+        ValueError: a decay or a fraction is asked for and the number of epochs is not known.
+    """
+    start = _epoch(config.start_epoch, clock, "start_epoch")
+    stop = clock.epochs if config.stop_epoch is None else _epoch(config.stop_epoch, clock, "stop_epoch")
+    if clock.epoch < start or (config.stop_epoch is not None and stop is not None and clock.epoch >= stop):
+        return 0.0
+    factor = 1.0
+    if config.kind != "constant":
+        if stop is None:
+            raise ValueError(
+                f"The schedule {config.kind!r} needs to know how many epochs there are: call "
+                "distiller.set_epoch(epoch, epochs) at the start of each epoch, or set schedule.stop_epoch."
+            )
+        progress = (clock.epoch - start) / max(1, stop - start)
+        shape = 1 - progress if config.kind == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        factor = config.end + (1 - config.end) * shape
+    if config.warmup_steps and clock.step < config.warmup_steps:
+        factor *= (clock.step + 1) / config.warmup_steps
+    return factor
+
+
+def _epoch(value: float, clock: Clock, key: str) -> int:
+    """An epoch given as a number of epochs (>= 1 or 0) or as a fraction of the training (between 0 and 1)."""
+    if 0 < value < 1:
+        if clock.epochs is None:
+            raise ValueError(
+                f"schedule.{key} is the fraction {value} of the training, whose number of epochs is not known: call "
+                "distiller.set_epoch(epoch, epochs) at the start of each epoch, or give a number of epochs."
+            )
+        return round(value * clock.epochs)
+    return int(value)

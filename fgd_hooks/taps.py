@@ -1,0 +1,276 @@
+"""Feature taps: forward hooks that capture one tensor each, and the early exit of a forward pass.
+
+A tap names a module, says whether its input or its output is meant, and may index into a list, tuple or dict found
+there. In text form: ``module[:input|:output][index]...``, for example
+
+    neck.fpn.2                 the output of the module ``neck.fpn.2``
+    model.23:input[1]          the second feature map that feeds the module ``model.23``
+    backbone:output[pool]      the entry ``pool`` of the dict that ``backbone`` returns
+    neck.out_convs.*           one tap for each module that the glob matches
+
+The module name may be a glob when taps are given by the user; :func:`expand_taps` resolves it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from fgd_hooks.registry import suggestion
+
+Index = int | str
+_TAP_TEXT = re.compile(r"^(?P<module>[^:\[\]]*)(?::(?P<io>input|output))?(?P<indices>(?:\[[^\[\]]+\])*)$")
+
+
+class TapError(RuntimeError):
+    """A tap that cannot be resolved, did not fire, or saw something that is no feature map."""
+
+
+class StopForward(BaseException):
+    """Raised by a tap to leave a forward pass early; caught by :func:`run_until_tapped`.
+
+    Derived from BaseException so that no ``except Exception`` inside a model swallows it.
+    """
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where one feature map is found.
+
+    Args:
+        module: name as in ``model.named_modules()``; empty for the model itself.
+        io: ``"output"`` of the module, or its first positional ``"input"``.
+        index: keys into nested lists, tuples or dicts, outermost first.
+    """
+
+    module: str
+    io: Literal["input", "output"] = "output"
+    index: tuple[Index, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Tap:
+        """Read the text form, ``module[:input|:output][index]...``.
+
+        Raises:
+            TapError: the text does not have that form.
+        """
+        match = _TAP_TEXT.match(text)
+        if match is None:
+            raise TapError(
+                f"The tap {text!r} cannot be read. Expected module[:input|:output][index]..., "
+                "for example 'neck.fpn.2', 'model.23:input[1]' or 'backbone[pool]'."
+            )
+        keys = re.findall(r"\[([^\[\]]+)\]", match["indices"])
+        index = tuple(int(key) if re.fullmatch(r"-?\d+", key) else key.strip("'\"") for key in keys)
+        return cls(match["module"], "input" if match["io"] == "input" else "output", index)
+
+    def __str__(self) -> str:
+        io = ":input" if self.io == "input" else ""
+        return f"{self.module or '(model)'}{io}{''.join(f'[{key}]' for key in self.index)}"
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module inside DataParallel, DistributedDataParallel and ``torch.compile`` wrappers."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+def expand_taps(model: nn.Module, taps: Sequence[str | Tap]) -> list[Tap]:
+    """Resolve texts and globs to taps of existing modules, in the order given (globs: order of definition).
+
+    Raises:
+        TapError: no module has that name; the message lists the nearest module names.
+    """
+    names = [name for name, _ in unwrap(model).named_modules()]
+    expanded: list[Tap] = []
+    for given in taps:
+        tap = Tap.parse(given) if isinstance(given, str) else given
+        if tap.module in names:
+            matches = [tap.module]
+        else:
+            matches = [name for name in names if name and fnmatch.fnmatchcase(name, tap.module)]
+        if not matches:
+            raise TapError(
+                f"The tap {given!s} names no module of {type(unwrap(model)).__name__}. "
+                + suggestion(tap.module, [name for name in names if name])
+            )
+        expanded += [replace(tap, module=name) for name in matches]
+    return expanded
+
+
+def describe(value: object) -> str:
+    """One line on what a tap saw, for error messages."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with the keys {list(value)}"
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}: " + ", ".join(describe(item) for item in value[:6])
+    return f"an object of type {type(value).__name__}"
+
+
+class LiveHook:
+    """Base of every hook that this library registers: a copy of it does nothing.
+
+    A copy made by ``deepcopy`` or ``pickle`` (of the hooked model) becomes a method of the standard library that
+    accepts any arguments and returns None, so a copied or saved model carries no features and needs no fgd_hooks.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+def scrub(model: nn.Module) -> int:
+    """Remove what copies of our hooks left in a copied model; returns how many there were."""
+    removed = 0
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), contextlib.nullcontext):
+                    del hooks[key]
+                    removed += 1
+    return removed
+
+
+class _Hook(LiveHook):
+    """Hands what a module received or returned to the taps that look at it."""
+
+    def __init__(self, owner: FeatureTaps, members: list[int], io: str) -> None:
+        self.owner = owner
+        self.members = members
+        self.io = io
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
+        """Called by torch as a forward pre-hook (without an output) or as a forward hook."""
+        if not self.owner.listening:
+            return
+        if self.io == "output":
+            self.owner._capture(self.members, output)
+        elif args:
+            self.owner._capture(self.members, args[0])
+        else:
+            self.owner._complain(self.members[0], "its module was called without positional arguments")
+
+
+class FeatureTaps:
+    """Captures the feature maps of several taps of one model, batch by batch.
+
+    Args:
+        model: the model; DDP, DataParallel and compile wrappers are looked through.
+        taps: resolved taps (see :func:`expand_taps`), in the order in which :meth:`pop` returns their features.
+        role: "student" or "teacher", for error messages.
+        grad_only: capture only while gradients are recorded. A student is validated under ``no_grad``, and its
+            features must then not be kept.
+        stop: leave the forward pass, by :class:`StopForward`, as soon as every tap has fired.
+
+    The hooks are registered at once and stay until :meth:`detach`. Features captured are handed out once, by
+    :meth:`pop`, and forgotten.
+    """
+
+    def __init__(
+        self, model: nn.Module, taps: Sequence[Tap], *, role: str = "model", grad_only: bool = False, stop: bool = False
+    ) -> None:
+        self.taps = list(taps)
+        self.role = role
+        self.enabled = True
+        self._grad_only = grad_only
+        self._stop = stop
+        self._features: dict[int, Tensor] = {}
+        self._handles: list[Any] = []
+        modules = dict(unwrap(model).named_modules())
+        groups: dict[tuple[str, str], list[int]] = {}
+        for position, tap in enumerate(self.taps):
+            if tap.module not in modules:
+                expand_taps(model, [tap])  # raises with the nearest names
+            groups.setdefault((tap.module, tap.io), []).append(position)
+        for (name, io), members in groups.items():
+            hook = _Hook(self, members, io)
+            register = modules[name].register_forward_pre_hook if io == "input" else modules[name].register_forward_hook
+            self._handles.append(register(hook))
+
+    @property
+    def listening(self) -> bool:
+        """Whether a forward pass that ran now would be captured."""
+        return self.enabled and (not self._grad_only or torch.is_grad_enabled())
+
+    def _capture(self, members: list[int], value: Any) -> None:
+        for position in members:
+            self._features[position] = self._pick(position, value)
+        if self._stop and len(self._features) == len(self.taps):
+            raise StopForward
+
+    def _pick(self, position: int, value: Any) -> Tensor:
+        for key in self.taps[position].index:
+            try:
+                value = value[key]
+            except (KeyError, IndexError, TypeError):
+                self._complain(position, f"there is no entry [{key}] in {describe(value)}")
+        if not isinstance(value, Tensor) or value.ndim != 4:
+            self._complain(position, f"it saw {describe(value)}; expected a feature map of shape (N, C, H, W)")
+        return value
+
+    def _complain(self, position: int, reason: str) -> NoReturn:
+        self._features.clear()
+        raise TapError(f"The {self.role}'s tap {self.taps[position]} cannot be used: {reason}.")
+
+    def pop(self) -> list[Tensor]:
+        """The features (N, C, H, W) captured since the last call, in the order of the taps, and forget them.
+
+        Raises:
+            TapError: a tap did not fire.
+        """
+        features, self._features = self._features, {}
+        missing = [str(tap) for position, tap in enumerate(self.taps) if position not in features]
+        if missing:
+            raise TapError(
+                f"The {self.role}'s tap(s) {', '.join(missing)} did not fire. Either the {self.role}'s forward pass "
+                "did not run before this call" + (" with gradients enabled" if self._grad_only else "") + ", or it does "
+                "not pass through the tapped module; with torch.compile, tap before the first compiled call."
+            )
+        return [features[position] for position in range(len(self.taps))]
+
+    def clear(self) -> None:
+        """Forget what was captured."""
+        self._features.clear()
+
+    def detach(self) -> None:
+        """Remove all hooks and forget what was captured. May be called again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._features.clear()
+
+    @contextlib.contextmanager
+    def only_here(self) -> Iterator[None]:
+        """Listen inside this block alone (a teacher that its owner also calls elsewhere)."""
+        self.enabled = True
+        try:
+            yield
+        finally:
+            self.enabled = False
+
+    def __enter__(self) -> FeatureTaps:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.detach()
+
+
+def run_until_tapped(model: nn.Module, taps: FeatureTaps, *args: Any) -> list[Tensor]:
+    """Call ``model(*args)`` and return the tapped features; the pass ends after the last tap if ``taps`` stop it."""
+    taps.clear()
+    with contextlib.suppress(StopForward):
+        model(*args)
+    return taps.pop()

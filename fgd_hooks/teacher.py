@@ -1,0 +1,108 @@
+"""The frozen teacher: in eval mode, without gradients, stopped after its last tap, outside every state_dict."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fgd_hooks.config import TeacherConfig
+from fgd_hooks.taps import FeatureTaps, Tap, run_until_tapped, unwrap
+
+
+class TeacherError(ValueError):
+    """A teacher that cannot teach: it is the student, shares its weights, or holds NaN."""
+
+
+class FrozenTeacher:
+    """A teacher that only ever gives features. Deliberately no nn.Module: nothing of it is trained, saved or moved.
+
+    Args:
+        model: the teacher; it is frozen and put into eval mode until :meth:`release` gives it back as it was.
+        taps: where its levels are.
+        config: how it runs.
+
+    Raises:
+        TeacherError: a weight or buffer is NaN or infinite.
+    """
+
+    def __init__(self, model: nn.Module, taps: Sequence[Tap], config: TeacherConfig) -> None:
+        self.model = unwrap(model)
+        self.config = config
+        check_finite(self.model)
+        self._modes = [(module, module.training) for module in self.model.modules()]
+        self._flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        self.taps = FeatureTaps(self.model, taps, role="teacher", stop=True)
+        self.taps.enabled = False
+
+    def features(self, images: Any) -> list[Tensor]:
+        """The features (N, C, H, W) of a batch, in the order of the taps, without gradient.
+
+        Args:
+            images: what the teacher is called with.
+        """
+        for module in self.model.modules():
+            module.training = False  # somebody may have called train() since
+        device_type = next((p.device.type for p in self.model.parameters()), "cpu")
+        with torch.no_grad(), self._precision(device_type), self.taps.only_here():
+            return run_until_tapped(self.model, self.taps, images)
+
+    def _precision(self, device_type: str) -> contextlib.AbstractContextManager[Any]:
+        if self.config.dtype == "auto":
+            return contextlib.nullcontext()
+        dtype = getattr(torch, self.config.dtype)
+        return torch.autocast(device_type, dtype=dtype, enabled=dtype is not torch.float32)
+
+    def to(self, device: torch.device) -> None:
+        """Move the teacher; nothing happens when it is there already."""
+        parameter = next(self.model.parameters(), None)
+        if parameter is not None and parameter.device != device:
+            self.model.to(device)
+
+    def release(self) -> None:
+        """Remove the hooks and give the model back with the training modes and requires_grad flags it had."""
+        self.taps.detach()
+        for module, mode in self._modes:
+            module.training = mode
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+        self._modes, self._flags = [], []
+
+
+def check_finite(teacher: nn.Module) -> None:
+    """Refuse a teacher whose weights or buffers hold NaN or infinity.
+
+    Raises:
+        TeacherError: names the first such tensor.
+    """
+    for name, tensor in [*teacher.named_parameters(), *teacher.named_buffers()]:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise TeacherError(
+                f"The teacher's {name} holds {bad} NaN or infinite value(s) of {tensor.numel()}. Its training has "
+                "diverged or its file is damaged; use another checkpoint."
+            )
+
+
+def check_apart(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse a teacher that is the student or shares weights with it: freezing it would freeze the student.
+
+    Raises:
+        TeacherError: names what is shared.
+    """
+    if student is teacher:
+        raise TeacherError(
+            "Student and teacher are the same object. Load the teacher on its own, or pass copy.deepcopy(student)."
+        )
+    mine = {id(parameter) for parameter in student.parameters()}
+    shared = [name for name, parameter in teacher.named_parameters() if id(parameter) in mine]
+    if shared:
+        raise TeacherError(
+            f"Student and teacher share {len(shared)} parameter(s), for example {shared[0]!r}. Freezing the teacher "
+            "would freeze the student; give the teacher weights of its own (copy.deepcopy)."
+        )

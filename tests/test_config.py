@@ -1,0 +1,101 @@
+import dataclasses
+
+import pytest
+
+from fgd_hooks.config import BalanceConfig, ConfigError, FGDConfig, ScheduleConfig, known_keys, load_config, save_config
+
+
+def test_defaults_yaml_dict_and_overrides_agree(tmp_path):
+    file = tmp_path / "fgd.yaml"
+    file.write_text("weight: 2\nbalance:\n  ratio: 1.5\nloss:\n  options: {temperature: 0.8}\n")
+    from_yaml = load_config(file)
+    from_dict = load_config({"weight": 2, "balance": {"ratio": 1.5}, "loss": {"options": {"temperature": 0.8}}})
+    from_text = load_config(None, ["weight=2", "balance.ratio=1.5", "loss.options.temperature=0.8"])
+    from_keys = load_config(None, {"weight": 2, "balance.ratio": 1.5, "loss.options": {"temperature": 0.8}})
+    assert from_yaml == from_dict == from_text == from_keys
+    assert from_yaml.balance.ratio == 1.5
+    assert from_yaml.loss.options == {"temperature": 0.8}
+    assert load_config(None) == FGDConfig()
+
+
+def test_overrides_win_over_the_file(tmp_path):
+    file = tmp_path / "fgd.yaml"
+    file.write_text("balance: {ratio: 1.5, interval: 20}\n")
+    config = load_config(file, ["balance.ratio=3"])
+    assert (config.balance.ratio, config.balance.interval) == (3, 20)
+
+
+def test_written_and_read_again(tmp_path):
+    config = load_config(None, {"levels": ["P3", "P4"], "schedule.stop_epoch": 0.5})
+    save_config(config, tmp_path / "fgd.yaml")
+    assert load_config(tmp_path / "fgd.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("balanse: {ratio: 1}", ["balanse", "'balance'"]),
+        ("balance: {ratoi: 1}", ["balance.ratoi", "'balance.ratio'"]),
+        ("weight: much", ["weight", "much", "float"]),
+        ("weight: true", ["weight", "True"]),
+        ("balance: 3", ["balance", "section"]),
+        ("balance: {ratio: -1}", ["balance.ratio", "-1"]),
+        ("balance: {ratio: .nan}", ["balance.ratio", "nan"]),
+        ("balance: {mode: gradients}", ["balance.mode", "'gradient'"]),
+        ("balance: {interval: 2.5}", ["balance.interval", "2.5"]),
+        ("schedule: {start_epoch: 5, stop_epoch: 3}", ["schedule.stop_epoch", "3"]),
+        ("levels: P3", ["levels", "P3"]),
+        ("levels: []", ["levels"]),
+        ("teacher: {dtype: fp16}", ["teacher.dtype", "fp16"]),
+        ("- a\n- b", ["list"]),
+        ("a: [1", ["YAML"]),
+    ],
+)
+def test_a_mistake_names_the_file_the_key_and_the_nearest(tmp_path, text, words):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        load_config(file)
+    assert all(word in str(raised.value) for word in ["mine.yaml", *words]), str(raised.value)
+
+
+def test_mistakes_in_overrides():
+    with pytest.raises(ConfigError, match=r"balance\.ratoi.*balance\.ratio"):
+        load_config(None, ["balance.ratoi=1"])
+    with pytest.raises(ConfigError, match="key=value"):
+        load_config(None, ["balance.ratio"])
+    with pytest.raises(ConfigError, match="ratio"):
+        load_config(None, ["balance.ratio=high"])
+    with pytest.raises(ConfigError, match="twice"):
+        load_config(None, ["weight=1", "weight.x=2"])
+
+
+def test_mistakes_in_python_fail_at_once_too():
+    with pytest.raises(ConfigError, match=r"balance\.momentum"):
+        BalanceConfig(momentum=1.0)
+    with pytest.raises(ConfigError, match=r"schedule\.kind"):
+        ScheduleConfig(kind="cosin")
+    with pytest.raises(TypeError):
+        FGDConfig(wieght=1)  # type: ignore[call-arg]
+
+
+def test_missing_file():
+    with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
+        load_config("nowhere.yaml")
+
+
+def test_numbers_in_scientific_notation():
+    assert load_config(None, ["balance.min_scale=1e-3"]).balance.min_scale == 1e-3
+
+
+def test_a_loaded_configuration_is_a_copy():
+    mine = FGDConfig()
+    other = load_config(mine)
+    other.weight = 5
+    assert mine.weight == 1
+
+
+def test_known_keys_cover_every_field():
+    keys = known_keys()
+    assert {"weight", "balance", "balance.ratio", "schedule.stop_epoch", "teacher.dtype"} <= set(keys)
+    assert len([k for k in keys if "." not in k]) == len(dataclasses.fields(FGDConfig))

@@ -1,0 +1,45 @@
+import math
+
+import pytest
+
+from fgd_hooks.config import ScheduleConfig
+from fgd_hooks.schedule import Clock, schedule_factor
+
+
+def curve(config, epochs=10, **clock):
+    return [schedule_factor(config, Clock(step=100, epoch=e, epochs=epochs, **clock)) for e in range(epochs)]
+
+
+def test_constant():
+    assert curve(ScheduleConfig()) == [1.0] * 10
+
+
+def test_linear_goes_from_one_to_end():
+    assert curve(ScheduleConfig(kind="linear", end=0.5)) == pytest.approx([1 - 0.05 * e for e in range(10)])
+
+
+def test_cosine():
+    expected = [(1 + math.cos(math.pi * e / 10)) / 2 for e in range(10)]
+    assert curve(ScheduleConfig(kind="cosine")) == pytest.approx(expected)
+
+
+def test_start_and_stop_in_epochs_and_in_fractions():
+    assert curve(ScheduleConfig(start_epoch=2, stop_epoch=5)) == [0, 0, 1, 1, 1, 0, 0, 0, 0, 0]
+    assert curve(ScheduleConfig(start_epoch=0.2, stop_epoch=0.5)) == [0, 0, 1, 1, 1, 0, 0, 0, 0, 0]
+
+
+def test_decay_ends_at_the_stop_epoch():
+    factors = curve(ScheduleConfig(kind="linear", start_epoch=2, stop_epoch=6))
+    assert factors == pytest.approx([0, 0, 1, 0.75, 0.5, 0.25, 0, 0, 0, 0])
+
+
+def test_warm_up_rises_over_the_steps():
+    config = ScheduleConfig(warmup_steps=4)
+    assert [schedule_factor(config, Clock(step=s)) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+
+
+def test_a_decay_needs_the_number_of_epochs():
+    with pytest.raises(ValueError, match="set_epoch"):
+        schedule_factor(ScheduleConfig(kind="cosine"), Clock())
+    with pytest.raises(ValueError, match="set_epoch"):
+        schedule_factor(ScheduleConfig(stop_epoch=0.5), Clock())
