@@ -52,10 +52,7 @@ SETTINGS: dict[str, object] = {
 
 def run(arguments: argparse.Namespace) -> None:
     """Train and evaluate one student; skip when its summary is already there."""
-    if arguments.tag:
-        tag = f"-{arguments.tag}"
-    else:
-        tag = ""
+    tag = f"-{arguments.tag}" if arguments.tag else ""
     name = f"{Path(arguments.student).stem}-{arguments.arm}{tag}-e{arguments.epochs}-s{arguments.seed}"
     summary_file = arguments.out / name / "summary.json"
     if summary_file.exists():

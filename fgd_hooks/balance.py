@@ -69,12 +69,12 @@ class Balance:
         return step < 2 or step % self.config.interval == 0
 
     def observe(self, features: list[Tensor], weight: float) -> list[Tensor]:
-        """Begin a measurement: returns leaves that stand in for the student's features (N, C, H, W) in the distillation.
+        """Begin a measurement; returns leaves that stand in for the student's features in the distillation.
 
         The norms are taken when the backward pass of this step comes along; when none comes, nothing is measured.
 
         Args:
-            features: the student's tapped features.
+            features: the student's tapped features, (N, C, H, W) each.
             weight: what the losses are multiplied by in this step besides ``scales``.
         """
         self._pending = []
@@ -95,13 +95,15 @@ class Balance:
         return self.scales * (self._measured > 0) if self.measures else self.scales
 
     def _close(self) -> None:
+        """Take the norms of the last measuring step; a level that no gradient has reached counts as 0."""
         pending, self._pending = self._pending, []
-        if any(len(record) < 2 for record in pending) or not pending:
-            return
-        self.update(
-            torch.stack([record["task"] for record in pending]),
-            torch.stack([record["distillation"] for record in pending]) / (self.scales * self._weight),
+        if not any(pending):
+            return  # no backward pass came along
+        zero = self.scales.new_zeros(())
+        task, distillation = (
+            torch.stack([record.get(key, zero) for record in pending]) for key in ("task", "distillation")
         )
+        self.update(task, distillation / (self.scales * self._weight))
 
     def update(self, task: Tensor, distillation: Tensor) -> None:
         """Take one measurement into the scales.
@@ -135,6 +137,7 @@ class Balance:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs: plain tensors and numbers."""
+        self._close()
         state = {name: getattr(self, name).cpu() for name in ("scales", "ratios", "_measured")}
         return {**state, "_steps": self._steps}
 

@@ -176,9 +176,7 @@ def _print_levels(name: str, levels: Sequence[Level]) -> None:
     Console().print(table)
 
 
-def _print_pairs(
-    student: str, teacher: str, pyramids: Sequence[Sequence[Level]], pairs: Sequence[LevelPair]
-) -> None:
+def _print_pairs(student: str, teacher: str, pyramids: Sequence[Sequence[Level]], pairs: Sequence[LevelPair]) -> None:
     from rich.console import Console
 
     table = _table(f"{student}  <-  {teacher}", ("level", "stride", "student", "teacher", "adapter", "tap"))

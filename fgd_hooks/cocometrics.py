@@ -8,13 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from fgd_hooks.evaldata import EvalData, Floats
 
 if TYPE_CHECKING:
     from rich.table import Table
-
 
 
 @dataclass(frozen=True)

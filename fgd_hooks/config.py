@@ -65,7 +65,8 @@ class BalanceConfig:
         ratio: target of |gradient of the distillation| / |gradient of the task| at the tapped student feature.
         per_level: one scale for each level, or one for all.
         momentum: of the moving average of the measured scale, 0 to below 1.
-        interval: steps from one measurement to the next; the student does not distil in a step that measures.
+        interval: distilling steps from one measurement to the next; in a step that measures, the student learns from
+            the task alone.
         min_scale: lower bound of the scale.
         max_scale: upper bound of the scale.
         max_change: largest factor by which one measurement may move the scale.
@@ -131,10 +132,11 @@ class TeacherConfig:
     """How the frozen teacher runs.
 
     Args:
-        dtype: the precision of its forward pass: "auto" as the loop around it (its autocast, if any), or "float32",
-            "bfloat16" or "float16" by an autocast of its own.
-        fuse: let a teacher that an integration loads itself fold its batch normalisations into its convolutions
-            (exact in eval mode up to rounding, faster).
+        dtype: the precision of its forward pass, by autocast: "float32", "bfloat16", "float16", or "auto": that of the
+            loop around it; the Ultralytics callback takes bfloat16 where the loop has no autocast and the processor
+            multiplies bfloat16 fast.
+        fuse: let a teacher that an integration loads from a file itself fold its batch normalisations into its
+            convolutions and keep its weights in channels-last order (exact up to rounding, faster).
     """
 
     dtype: str = "auto"
@@ -170,6 +172,7 @@ class FGDConfig:
 
     Args:
         weight: of the whole distillation; 0 switches it off, and the run is the stock run.
+        every: distil every so many steps; the teacher rests in the others.
         student_taps: where the student's levels are (names, globs); null: the maps that feed its head.
         teacher_taps: the same for the teacher.
         levels: names of the levels to use ("P3", ...) out of those that pair; null: all.
@@ -180,6 +183,7 @@ class FGDConfig:
     """
 
     weight: float = 1.0
+    every: int = 1
     student_taps: list[str] | None = None
     teacher_taps: list[str] | None = None
     levels: list[str] | None = None
@@ -195,6 +199,7 @@ class FGDConfig:
 
     def __post_init__(self) -> None:
         _not_negative("weight", self.weight)
+        _require(self.every >= 1, "every", self.every, "1 or more steps")
         for key in ("student_taps", "teacher_taps", "levels"):
             value = getattr(self, key)
             _require(value is None or len(value) > 0, key, value, "null or a list of at least one")

@@ -145,6 +145,8 @@ class Distiller(nn.Module):
             NonFiniteError: NaN or infinite for ``max_bad_steps`` steps in a row.
         """
         weight = self.config.weight * schedule_factor(self.config.schedule, self.clock)
+        if self.clock.step % self.config.every:
+            weight = 0.0
         self.clock.step += 1
         if weight == 0 or not torch.is_grad_enabled():
             self.taps.clear()

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 Match = Literal["name", "order"]
 
-__all__ = ["DataError", "ClassMetrics", "CocoMetrics", "Evaluation", "coco_metrics", "evaluate", "quiet_ultralytics"]
+__all__ = ["ClassMetrics", "CocoMetrics", "DataError", "Evaluation", "coco_metrics", "evaluate", "quiet_ultralytics"]
 
 
 @dataclass(frozen=True)
@@ -197,8 +197,8 @@ def _class_map(truth: EvalData, names: dict[int, str], match: Match) -> dict[int
         unknown = [name for name in truth.names if name not in theirs]
         raise DataError(
             f"{truth.source} has classes the model does not know by that name ({_listing(unknown or truth.names)}); "
-            f"the model's are {_listing(theirs)}. Rename them in the data, or pass match='order' where they mean the same "
-            "in the same order"
+            f"the model's are {_listing(theirs)}. Rename them in the data, or pass match='order' where they mean the "
+            "same in the same order"
         )
     if not truth.by_name:
         raise DataError(

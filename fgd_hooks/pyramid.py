@@ -110,9 +110,9 @@ def find_levels(
         if taps is None:
             found = _find_head_inputs(model, example, role)
         else:
-            found = _expand_collections(model, expand_taps(model, taps), example)
-            with FeatureTaps(model, found, role=role, stop=True) as probe:
-                found = list(zip(found, run_until_tapped(model, probe, example), strict=True))
+            named = _expand_collections(model, expand_taps(model, taps), example)
+            with FeatureTaps(model, named, role=role, stop=True) as probe:
+                found = list(zip(named, run_until_tapped(model, probe, example), strict=True))
     levels = [_measure(tap, feature, canvas) for tap, feature in found]
     return sorted(levels, key=lambda level: level.stride)
 

@@ -34,6 +34,7 @@ def write_side_file(path: Path, content: Mapping[str, Any]) -> None:
             torch.save({"fgd_hooks": FORMAT, **content}, file)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
@@ -58,3 +59,10 @@ def read_side_file(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("fgd_hooks") != FORMAT:
         raise SideFileError(f"{path} is no side file of fgd_hooks (format {FORMAT}).")
     return content
+
+
+def _umask() -> int:
+    """The process's file mode mask; temporary files are private, a side file is an ordinary one."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

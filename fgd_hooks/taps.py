@@ -236,8 +236,8 @@ class FeatureTaps:
         if missing:
             raise TapError(
                 f"The {self.role}'s tap(s) {', '.join(missing)} did not fire. Either the {self.role}'s forward pass "
-                "did not run before this call" + (" with gradients enabled" if self._grad_only else "") + ", or it does "
-                "not pass through the tapped module; with torch.compile, tap before the first compiled call."
+                f"did not run before this call{' with gradients enabled' if self._grad_only else ''}, or it does not "
+                "pass through the tapped module; with torch.compile, tap before the first compiled call."
             )
         return [features[position] for position in range(len(self.taps))]
 

@@ -12,7 +12,11 @@ from tests.tiny import TinyDetector, batch, trained
 
 def test_automatic_levels_are_the_maps_that_feed_the_head():
     levels = find_levels(TinyDetector((8, 12, 16)))
-    assert [(level.name, level.stride, level.channels) for level in levels] == [("P3", 8, 8), ("P4", 16, 12), ("P5", 32, 16)]
+    assert [(level.name, level.stride, level.channels) for level in levels] == [
+        ("P3", 8, 8),
+        ("P4", 16, 12),
+        ("P5", 32, 16),
+    ]
     assert [level.tap for level in levels] == [Tap("head", "input", (i,)) for i in range(3)]
 
 
@@ -94,7 +98,11 @@ def test_levels_pair_by_stride_and_the_rest_is_said(caplog):
     teacher = find_levels(TinyDetector((4, 6, 8, 10), first=4))
     with caplog.at_level(logging.WARNING, logger="fgd_hooks"):
         pairs = pair_levels(student, teacher)
-    assert [(p.name, p.student.channels, p.teacher.channels) for p in pairs] == [("P3", 8, 6), ("P4", 12, 8), ("P5", 16, 10)]
+    assert [(p.name, p.student.channels, p.teacher.channels) for p in pairs] == [
+        ("P3", 8, 6),
+        ("P4", 12, 8),
+        ("P5", 16, 10),
+    ]
     assert "P2" in caplog.text
     assert "teacher" in caplog.text
 

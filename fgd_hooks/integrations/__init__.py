@@ -1,0 +1,1 @@
+"""One module per host: how distillation gets into its training."""

@@ -17,6 +17,7 @@ their optimizer, the balance) is kept in ``last.fgd.pt`` beside ``last.pt`` and 
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 import weakref
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from fgd_hooks.config import FGDConfig, load_config
 from fgd_hooks.distiller import Distilled, Distiller
-from fgd_hooks.integrations.ultralytics_teacher import load_teacher
+from fgd_hooks.integrations.ultralytics_teacher import fast_dtype, load_teacher
 from fgd_hooks.masks import PackedBoxes
 from fgd_hooks.monitor import distillation_scalars, write_scalars
 from fgd_hooks.sidefile import read_side_file, write_side_file
@@ -192,6 +193,9 @@ class _Run:
             logger.warning("FGD: compile=True is not supported with distillation; the student runs uncompiled.")
             trainer.args.compile = False
             trainer.model = self.model
+        if config.teacher.dtype == "auto" and not trainer.amp:
+            config = copy.deepcopy(config)
+            config.teacher.dtype = fast_dtype(trainer.device)
         with torch.random.fork_rng():
             torch.manual_seed(trainer.args.seed)  # adapters start alike in every run of one seed, on every rank
             self.distiller = Distiller(self.model, teacher.to(trainer.device), config)
@@ -250,11 +254,12 @@ class _Run:
         loss, items = output
         images = batch["img"]
         distilled: Distilled = self.parallel(images, boxes_of(batch))
-        self.distilled = distilled
+        if distilled.weight or self.distilled is None:
+            self.distilled = distilled  # a step that does not distil goes on showing the last one's parts
         self.task_loss = loss.detach().sum()
         # Ultralytics' loss is the sum over the images of a batch, its items are per image
         extra = (distilled.loss * images.shape[0]).view(1).to(loss.dtype)
-        named = {f"fgd_{_SHORT.get(part, part)[:6]}": value for part, value in distilled.parts.items()}
+        named = {f"fgd_{_SHORT.get(part, part)[:6]}": value for part, value in self.distilled.parts.items()}
         return torch.cat([loss.view(-1), extra]), {**items, **named}
 
     def step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -263,7 +268,7 @@ class _Run:
         scale = scaler.get_scale() if scaler.is_enabled() else 1.0
         parameters = [p for p in self.distiller.parameters() if p.grad is not None]
         if scale != 1.0:
-            torch._foreach_mul_([p.grad for p in parameters], 1.0 / scale)
+            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1.0 / scale)
         norm = float(nn.utils.clip_grad_norm_(parameters, self.config.optimizer.clip))
         self.gradient_norm = norm
         if norm < float("inf"):  # neither infinite nor NaN

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fgd_hooks.registry import suggestion
@@ -21,24 +22,29 @@ def load_teacher(teacher: str | Path | nn.Module | Any, *, fuse: bool = True) ->
     Args:
         teacher: a weights file (or the name of one that Ultralytics knows where to download), a ``YOLO`` object, or a
             module, which is used as it is.
-        fuse: fold batch normalisations into convolutions where the teacher is loaded from a file here.
+        fuse: fold batch normalisations into convolutions, and store weights channels-last, where the teacher is loaded
+            from a file here.
 
     Raises:
         FileNotFoundError: there is no such file.
         TeacherError: the file cannot be read, or it is no detector.
     """
     if isinstance(teacher, (str, Path)):
-        module = _load_file(Path(teacher))
+        module: nn.Module = _load_file(Path(teacher))
         _check_task(module, str(teacher))
-        return module.fuse(verbose=False) if fuse and hasattr(module, "fuse") else module
-    module = getattr(teacher, "model", None) if hasattr(teacher, "add_callback") else teacher
-    if not isinstance(module, nn.Module):
+        if fuse:
+            module = module.fuse(verbose=False).to(  # type: ignore[operator]
+                memory_format=torch.channels_last
+            )
+        return module
+    given = getattr(teacher, "model", None) if hasattr(teacher, "add_callback") else teacher
+    if not isinstance(given, nn.Module):
         raise TeacherError(
             f"The teacher is a {type(teacher).__name__}; expected a weights file, a YOLO object with weights, or an "
             "nn.Module."
         )
-    _check_task(module, type(teacher).__name__)
-    return module
+    _check_task(given, type(teacher).__name__)
+    return given
 
 
 def _load_file(path: Path) -> Any:
@@ -72,5 +78,17 @@ def _check_task(module: nn.Module, name: str) -> None:
         task = guess_model_task(module)
     if task is not None and task not in TASKS:
         raise TeacherError(
-            f"The teacher {name} is a model for the task {task!r}; FGD needs a detector with a neck ({', '.join(TASKS)})."
+            f"The teacher {name} is a model for the task {task!r}; FGD needs a detector with a neck "
+            f"({', '.join(TASKS)})."
         )
+
+
+def fast_dtype(device: torch.device) -> str:
+    """The precision in which a frozen teacher runs fastest on a device without harm: "bfloat16" or "float32"."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if device.type == "cpu":
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not public: absent ones count as no
+        if any(getattr(torch.cpu, check, bool)() for check in checks):
+            return "bfloat16"
+    return "float32"

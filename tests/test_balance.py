@@ -1,0 +1,127 @@
+import math
+
+import pytest
+import torch
+
+from fgd_hooks.balance import Balance
+from fgd_hooks.config import BalanceConfig
+
+
+def gradient(**changes):
+    return Balance(BalanceConfig(mode="gradient", **changes), 2)
+
+
+def tensor(*values):
+    return torch.tensor(values)
+
+
+def measure(balance, task_gradients, distillation_gradients, weight=1.0):
+    """One step whose gradients at two features are known vectors."""
+    assert balance.next_step()
+    features = [torch.zeros(3, requires_grad=True) * 1.0 for _ in range(2)]
+    leaves = balance.observe(features, weight)
+    task = sum((f * g).sum() for f, g in zip(features, task_gradients, strict=True))
+    losses = torch.stack([(f * g).sum() for f, g in zip(leaves, distillation_gradients, strict=True)])
+    (task + (losses * balance.scales * weight).sum()).backward()
+
+
+def test_fixed_is_one_and_never_measures():
+    balance = Balance(BalanceConfig(mode="fixed"), 3)
+    assert torch.equal(balance.factors, torch.ones(3))
+    assert not any(balance.next_step() for _ in range(50))
+
+
+def test_the_scale_makes_the_gradient_norms_meet_the_ratio():
+    balance = gradient(ratio=0.5)
+    measure(balance, [tensor(3.0, 4.0, 0.0), tensor(0.0, 0.0, 2.0)], [tensor(0.0, 0.1, 0.0), tensor(8.0, 6.0, 0.0)])
+    balance.next_step()
+    # |task| = 5 and 2, |distillation| = 0.1 and 10: 0.5 * 5 / 0.1 and 0.5 * 2 / 10
+    assert balance.factors.tolist() == pytest.approx([25.0, 0.1])
+    assert balance.ratios.tolist() == pytest.approx([0.1 / 5, 10 / 2]), "ratios with the scales then in use, 1"
+
+
+def test_one_scale_for_all_levels():
+    balance = gradient(ratio=1.0, per_level=False)
+    measure(balance, [tensor(3.0, 0.0, 0.0), tensor(0.0, 4.0, 0.0)], [tensor(6.0, 0.0, 0.0), tensor(0.0, 8.0, 0.0)])
+    balance.next_step()
+    assert balance.factors.tolist() == pytest.approx([0.5, 0.5])
+
+
+def test_the_users_weight_is_not_balanced_away():
+    balance = gradient(ratio=1.0)
+    measure(balance, [tensor(4.0, 0, 0)] * 2, [tensor(2.0, 0, 0)] * 2, weight=10.0)
+    balance.next_step()
+    assert balance.factors.tolist() == pytest.approx([2.0, 2.0])
+
+
+def test_a_loss_scaler_changes_nothing():
+    balance = gradient(ratio=1.0)
+    assert balance.next_step()
+    feature = torch.zeros(3, requires_grad=True) * 1.0
+    leaves = balance.observe([feature, feature * 1.0], 1.0)
+    loss = (feature * 4).sum() + sum((leaf * 2).sum() for leaf in leaves)
+    (65536 * loss).backward()
+    balance.next_step()
+    assert float(balance.factors[0]) == pytest.approx(2.0)
+
+
+def test_nothing_is_used_before_it_is_measured():
+    balance = gradient()
+    assert balance.next_step()
+    assert balance.factors.tolist() == [0.0, 0.0]
+    measure(balance, [tensor(1.0, 0, 0), tensor(0.0, 0, 0)], [tensor(1.0, 0, 0)] * 2)
+    balance.next_step()
+    assert balance.factors[0] > 0
+    assert balance.factors[1] == 0, "no task gradient was seen there yet"
+
+
+def test_the_first_two_steps_measure_and_then_every_interval():
+    balance = gradient(interval=5)
+    assert [balance.next_step() for _ in range(16)] == [s in (0, 1, 5, 10, 15) for s in range(16)]
+
+
+def test_a_measurement_without_backward_is_dropped():
+    balance = gradient()
+    balance.next_step()
+    balance.observe([torch.zeros(3, requires_grad=True) * 1.0] * 2, 1.0)
+    balance.next_step()
+    assert balance.factors.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("bad", [0.0, math.inf, math.nan])
+def test_frozen_when_a_norm_is_zero_or_not_finite(bad):
+    balance = gradient(ratio=1.0)
+    balance.update(tensor(2.0, 2.0), tensor(1.0, 1.0))
+    balance.update(tensor(bad, 2.0), tensor(1.0, bad))
+    assert balance.scales.tolist() == [2.0, 2.0]
+
+
+def test_bounds_and_largest_change():
+    balance = gradient(ratio=1.0, min_scale=0.01, max_scale=100.0, max_change=2.0, momentum=0.0)
+    balance.update(tensor(1e9, 1e-9), tensor(1.0, 1.0))
+    assert balance.scales.tolist() == pytest.approx([100.0, 0.01])
+    balance.update(tensor(1.0, 1.0), tensor(1.0, 1.0))
+    assert balance.scales.tolist() == pytest.approx([50.0, 0.02]), "one measurement moves it by at most 2"
+
+
+def test_moving_average_is_of_the_logarithm_and_begins_with_the_plain_mean():
+    balance = gradient(ratio=1.0, momentum=0.75, max_change=1e6)
+    for scale in (1.0, 16.0, 2.0):
+        balance.update(tensor(scale, 1.0), tensor(1.0, 1.0))
+    assert float(balance.scales[0]) == pytest.approx((1.0 * 16.0 * 2.0) ** (1 / 3), rel=1e-5)
+    for _ in range(3):
+        balance.update(tensor(1.0, 1.0), tensor(1.0, 1.0))
+    expected = ((1.0 * 16.0 * 2.0) ** (1 / 3)) ** (0.75**3)  # a mean of 3, then 0.75 kept of each
+    assert float(balance.scales[0]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_state_goes_on_where_it_was():
+    balance = gradient(interval=5)
+    measure(balance, [tensor(1.0, 0, 0)] * 2, [tensor(2.0, 0, 0)] * 2)
+    balance.next_step()
+    twin = gradient(interval=5)
+    twin.load_state_dict(balance.state_dict())
+    assert torch.equal(twin.factors, balance.factors)
+    assert [twin.next_step() for _ in range(9)] == [balance.next_step() for _ in range(9)]
+    with pytest.raises(ValueError, match="2 levels.* 3"):
+        Balance(BalanceConfig(), 3).load_state_dict(balance.state_dict())
