@@ -269,12 +269,12 @@ class Distiller(nn.Module):
                 )
 
     def training_state(self) -> dict[str, Any]:
-        """All that a resumed training needs: parameters, balance and clock; plain tensors and numbers."""
+        """All that a resumed training needs: parameters, balance and clock; copies, as plain tensors and numbers."""
         return {
             "levels": [signature(pair) for pair in self.pairs],
             "loss": self.config.loss.name,
             "adapter": self.config.adapter,
-            "modules": {name: tensor.cpu() for name, tensor in self.state_dict().items()},
+            "modules": {name: tensor.to("cpu", copy=True) for name, tensor in self.state_dict().items()},
             "balance": self.balance.state_dict(),
             "step": self.clock.step,
         }

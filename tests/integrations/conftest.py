@@ -1,0 +1,100 @@
+"""A tiny data set, tiny YOLO files and one tiny trained teacher, made once for all tests of the integration."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("YOLO_AUTOINSTALL", "false")  # a test never installs anything
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("ultralytics")
+
+TINY = {"n": [0.33, 0.0625, 1024]}  # scale, depth and width: a 16th of the layers' nominal width
+WIDE = {"n": [0.33, 0.125, 1024]}
+
+SETTINGS = {
+    "imgsz": 64,
+    "batch": 4,
+    "nbs": 4,
+    "warmup_epochs": 0,
+    "optimizer": "AdamW",
+    "lr0": 1e-3,
+    "mosaic": 0.0,
+    "amp": False,
+    "plots": False,
+    "val": False,
+    "workers": 0,
+    "device": "cpu",
+    "verbose": False,
+    "exist_ok": True,
+    "pretrained": False,
+}
+
+
+def architecture(folder: Path, name: str, scales: dict, **changes: object) -> Path:
+    """Write Ultralytics' own architecture ``name`` in another width; returns the yaml file."""
+    from ultralytics.nn.tasks import yaml_model_load
+
+    content = yaml_model_load(name)
+    for key in ("yaml_file", "scale"):
+        content.pop(key, None)
+    content.update(scales=scales, **changes)
+    file = folder / f"tiny_{name}"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("yolo")
+
+
+@pytest.fixture(scope="session")
+def data(workplace: Path) -> Path:
+    from fgd_hooks.quickstart.scenes import SceneSettings, make_dataset
+
+    return make_dataset(workplace / "scenes", SceneSettings(train=20, val=4, size=64))
+
+
+@pytest.fixture(scope="session")
+def student_yaml(workplace: Path) -> Path:
+    folder = workplace / "student"
+    folder.mkdir()
+    return architecture(folder, "yolo26n.yaml", TINY)
+
+
+@pytest.fixture(scope="session")
+def teacher_file(workplace: Path, data: Path) -> Path:
+    """A yolo26 twice as wide as the student, trained for two epochs, so that its batch statistics are real."""
+    from ultralytics import YOLO
+
+    folder = workplace / "teacher"
+    folder.mkdir()
+    model = YOLO(str(architecture(folder, "yolo26n.yaml", WIDE)))
+    model.train(data=str(data), epochs=2, project=str(workplace), name="teacher_run", seed=3, **SETTINGS)
+    return workplace / "teacher_run" / "weights" / "last.pt"
+
+
+@pytest.fixture
+def train(workplace: Path, data: Path, student_yaml: Path, tmp_path: Path):
+    """``train(callback, **settings)``: train the tiny student; returns the YOLO object, its trainer inside."""
+    from ultralytics import YOLO
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def run(callback=None, *, model=None, name="run", hooks=(), **settings):
+        yolo = model or YOLO(str(student_yaml))
+        if callback is not None:
+            callback.attach(yolo)
+        for event, function in hooks:
+            yolo.add_callback(event, function)
+        yolo.train(**{**SETTINGS, "data": str(data), "project": str(tmp_path), "name": name, "epochs": 1, **settings})
+        return yolo
+
+    yield run
+    torch.set_num_threads(threads)
