@@ -1,11 +1,13 @@
-"""BCCD study: one arm, one seed, one run (see docs/results/bccd.md for the table it feeds).
+"""The BCCD study behind docs/results/bccd.md, in three steps.
 
-    python benchmarks/bccd.py run --data DATA_DIR --arm fgd --student yolo26-half.yaml --epochs 45 --seed 0 \
-        --teacher TEACHER.pt --out runs/bccd
+    python benchmarks/bccd.py run --data BCCD --arm fgd --student yolo26n.yaml --seed 0 --teacher TEACHER.pt --out RUNS
+    python benchmarks/bccd.py collect --data BCCD --out RUNS
+    python benchmarks/bccd.py table
 
-Every run trains one student under the same settings, evaluates `last.pt` (the EMA weights) on val and on test with
-pycocotools, and leaves `<out>/<name>/summary.json`, beside Ultralytics' results.csv and args.yaml. A run whose
-summary exists is skipped, so a queue of runs can be repeated after an interruption.
+``run`` trains one student of one arm with one seed; every run has the same settings. A run that is finished is skipped,
+so a queue of runs can be repeated after an interruption. ``collect`` measures the last weights (the EMA) of all
+finished runs on val and test with pycocotools and copies numbers and logs to docs/results/bccd. ``table`` rebuilds the
+table from there, without data or weights. BCCD is the folder of the data set, with data_nopath.yaml inside.
 """
 
 from __future__ import annotations
@@ -13,9 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
+import statistics
 import time
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
+RESULTS = Path(__file__).parent.parent / "docs" / "results" / "bccd"
 ARMS = ("alone", "builtin", "fgd")
 
 SETTINGS: dict[str, object] = {
@@ -79,17 +86,6 @@ def run(arguments: argparse.Namespace) -> None:
     model.train(**settings)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
 
-    last = arguments.out / name / "weights" / "last.pt"
-    results = {}
-    for split in ("val", "test"):
-        metrics = YOLO(str(last)).val(
-            data=settings["data"], split=split, imgsz=192, batch=8, device="cpu", plots=False, verbose=False
-        )
-        results[split] = {
-            "map50_95": float(metrics.box.map),
-            "map50": float(metrics.box.map50),
-            "per_class": [float(x) for x in metrics.box.maps],
-        }
     summary = {
         "name": name,
         "student": Path(arguments.student).stem,
@@ -99,7 +95,6 @@ def run(arguments: argparse.Namespace) -> None:
         "overrides": arguments.set,
         "wall_s": round(wall, 1),
         "cpu_s": round(cpu, 1),
-        "results": results,
     }
     temporary = summary_file.with_suffix(".tmp")
     temporary.write_text(json.dumps(summary, indent=1))
@@ -107,19 +102,68 @@ def run(arguments: argparse.Namespace) -> None:
     print(json.dumps(summary))
 
 
+def collect(arguments: argparse.Namespace) -> None:
+    """Measure the finished runs that are not in docs/results/bccd yet, and copy their numbers and logs there."""
+    from fgd_hooks.evaluate import evaluate
+
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    data = arguments.data / "data_nopath.yaml"
+    for summary_file in sorted(arguments.out.glob("*/summary.json")):
+        summary = json.loads(summary_file.read_text())
+        target = RESULTS / f"{summary['name']}.json"
+        if target.exists():
+            continue
+        summary["results"] = {}
+        for split in ("val", "test"):
+            found = evaluate(summary_file.parent / "weights" / "last.pt", data, split=split, imgsz=192, device="cpu")
+            summary["results"][split] = found.to_dict()
+        shutil.copy(summary_file.parent / "results.csv", target.with_suffix(".csv"))
+        target.write_text(json.dumps(summary, indent=1) + "\n")
+        print(summary["name"], summary["results"]["val"]["map50_95"], summary["results"]["test"]["map50_95"])
+
+
+def table(arguments: argparse.Namespace) -> None:
+    """Print the table of docs/results/bccd.md from the collected numbers."""
+    arms: dict[tuple[str, str, int], list[dict[str, Any]]] = defaultdict(list)
+    for file in sorted(RESULTS.glob("*.json")):
+        run = json.loads(file.read_text())
+        arms[run["student"], run["arm"], run["epochs"]].append(run)
+    print("| student | arm | epochs | seeds | val mAP50-95 | test mAP50-95 | test RBC / WBC / Platelets | CPU s |")
+    print("|---|---|---|---|---|---|---|---|")
+    for (student, arm, epochs), runs in sorted(arms.items()):
+        cells = [student, arm, str(epochs), " ".join(str(run["seed"]) for run in runs)]
+        for split in ("val", "test"):
+            values = [100 * run["results"][split]["map50_95"] for run in runs]
+            deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{deviation} ({', '.join(f'{v:.1f}' for v in values)})")
+        classes = [[c["map50_95"] for c in run["results"]["test"]["per_class"]] for run in runs]
+        cells.append(" / ".join(f"{100 * statistics.mean(values):.1f}" for values in zip(*classes, strict=True)))
+        cells.append(f"{statistics.mean(run['cpu_s'] for run in runs):.0f}")
+        print("| " + " | ".join(cells) + " |")
+
+
 def main() -> None:
-    """Parse the command line and run."""
+    """Parse the command line and do what it says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with data_nopath.yaml and the images")
-    parser.add_argument("--arm", choices=ARMS, required=True)
-    parser.add_argument("--student", type=Path, required=True, help="model yaml or weights")
-    parser.add_argument("--teacher", type=Path, help="teacher weights, for the arms builtin and fgd")
-    parser.add_argument("--epochs", type=int, default=45)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tag", default="", help="added to the name of the arm")
-    parser.add_argument("--out", type=Path, default=Path("runs/bccd"))
-    parser.add_argument("--set", nargs="*", default=[], help="configuration of FGD, key=value")
-    run(parser.parse_args())
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("run", help="train one student")
+    one.add_argument("--arm", choices=ARMS, required=True)
+    one.add_argument("--student", type=Path, required=True, help="model yaml or weights")
+    one.add_argument("--teacher", type=Path, help="teacher weights, for the arms builtin and fgd")
+    one.add_argument("--epochs", type=int, default=45)
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--tag", default="", help="added to the name of the arm")
+    one.add_argument("--set", nargs="*", default=[], help="settings of FGD, key=value")
+    one.set_defaults(do=run)
+    every = commands.add_parser("collect", help="measure finished runs and copy numbers and logs to docs/results/bccd")
+    every.set_defaults(do=collect)
+    for command in (one, every):
+        command.add_argument("--data", type=Path, required=True, help="folder with data_nopath.yaml and the images")
+        command.add_argument("--out", type=Path, default=Path("runs/bccd"), help="folder of the runs")
+    show = commands.add_parser("table", help="print the table from docs/results/bccd")
+    show.set_defaults(do=table)
+    arguments = parser.parse_args()
+    arguments.do(arguments)
 
 
 if __name__ == "__main__":

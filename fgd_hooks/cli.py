@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from fgd_hooks.config import ConfigError, load_config
-from fgd_hooks.pyramid import Level, LevelPair, PairingError, find_levels, pair_levels
-from fgd_hooks.registry import UnknownNameError
-from fgd_hooks.sidefile import SideFileError
+from fgd_hooks.pyramid import Level, LevelPair, find_levels, pair_levels
+from fgd_hooks.registry import UnknownNameError, suggestion
 from fgd_hooks.taps import TapError
-from fgd_hooks.teacher import TeacherError
 
-USER_ERRORS = (ConfigError, TeacherError, PairingError, TapError, SideFileError, UnknownNameError, FileNotFoundError)
+# DataError of fgd_hooks.evaldata and QuickstartError are among these by inheritance
+USER_ERRORS = (ValueError, TapError, UnknownNameError, FileNotFoundError)
 
 TRAIN_EPILOG = """\
 example:
@@ -53,7 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     evaluate = commands.add_parser("eval", help="COCO metrics (pycocotools) of a model, also per class")
     evaluate.add_argument("model", help="YOLO weights")
-    evaluate.add_argument("settings", nargs="*", metavar="key=value", help="data= (required), split=, imgsz=, ...")
+    evaluate.add_argument(
+        "settings", nargs="*", metavar="key=value", help="data= (required), split=, imgsz=, batch=, device=, nms=, ..."
+    )
+    evaluate.add_argument("--json", type=Path, help="file to write the numbers to")
     evaluate.set_defaults(run=_eval)
 
     quickstart = commands.add_parser(
@@ -197,11 +199,30 @@ def _print_pairs(student: str, teacher: str, pyramids: Sequence[Sequence[Level]]
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    raise NotImplementedError
+    import inspect
+    import json
+
+    from rich.console import Console
+
+    from fgd_hooks.evaluate import evaluate
+
+    settings = key_values(arguments.settings)
+    if not settings.get("data"):
+        raise ConfigError("data= is missing: a data yaml (YOLO format) or an annotation json (COCO format).")
+    known = [name for name in inspect.signature(evaluate).parameters if name != "model"]
+    for key in settings:
+        if key not in known:
+            raise ConfigError(f"There is no setting {key!r}. {suggestion(key, known)}")
+    result = evaluate(arguments.model, **settings)
+    Console().print(result)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result.to_dict(), indent=1), encoding="utf-8")
 
 
 def _quickstart(arguments: argparse.Namespace) -> None:
-    raise NotImplementedError
+    from fgd_hooks.quickstart.run import quickstart
+
+    quickstart(arguments.out, seeds=arguments.seeds)
 
 
 if __name__ == "__main__":

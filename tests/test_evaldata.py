@@ -199,7 +199,10 @@ def test_coco_images_may_lie_elsewhere(coco: Path) -> None:
     [
         ({"images": []}, ["'images' is empty"]),
         ({"categories": [{"id": 9, "name": "dog"}]}, ["category_id 4", "categories are 9"]),
-        ({"annotations": [{"id": 7, "image_id": 6, "category_id": 9, "bbox": [0, 0, 1, 1]}]}, ["annotation 7", "image 6"]),
+        (
+            {"annotations": [{"id": 7, "image_id": 6, "category_id": 9, "bbox": [0, 0, 1, 1]}]},
+            ["annotation 7", "image 6"],
+        ),
         ({"images": [{"id": 5, "file_name": "one.png", "width": 80, "height": 40}]}, ["40x20", "80x40"]),
         ({"images": [{"id": 5, "file_name": "one.png"}] * 2}, ["2 images share 1 ids"]),
         ({"annotations": []}, ["not one box"]),

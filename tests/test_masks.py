@@ -102,14 +102,10 @@ def test_area_counts_what_is_cut_off_right_and_below_but_not_left_and_above():
     assert before[0, :3, :2].eq(1 / 6).all() and before.gt(0).sum() == 6
 
 
-def test_coordinates_are_rounded_in_float32():
-    # 49 / 49 * 3 is 3 in any precision, but 1 / 49 * 49 is below 1 in float32 and at 1 in float64.
-    x = torch.tensor(1.0)
-    exact = (x.double() / 49 * 49).floor()
-    single = (x / 49 * 49).floor()
-    left = masks([torch.tensor([[1.0, 0.0, 2.0, 2.0]])], (49, 49), 1, 49)[0][0, 0].gt(0).nonzero()[0]
-    assert int(left) == int(single)
-    assert int(exact) in (0, 1)
+def test_coordinates_are_rounded_in_float32_division_first():
+    # 13 / 22 * 22 is 12.999999 in float32; float64, or a multiplication first, gives 13.
+    foreground, _ = masks([torch.tensor([[13.0, 0.0, 15.0, 1.0]])], (22, 22), 1, 22)
+    assert foreground[0, 0].nonzero().flatten().tolist() == [12, 13, 14, 15]
 
 
 @pytest.mark.parametrize(

@@ -106,19 +106,27 @@ def test_gradcheck(monkeypatch, limit):
     assert torch.autograd.gradcheck(call, (student, *values), atol=1e-6)
 
 
-def test_plain_path_agrees_and_can_be_differentiated_twice():
+def test_plain_path_agrees():
     student, teacher = features()
     exact, plain = make(), make(fused=False)
     one, two = (loss(student, teacher, BOXES, CANVAS) for loss in (exact, plain))
     for name in PARTS:
         torch.testing.assert_close(one.raw[name], two.raw[name], rtol=1e-12, atol=0)
     assert_same(gradients(exact, one, student), gradients(plain, two, student))
-    (first,) = torch.autograd.grad(two.loss, student, create_graph=True)
-    (second,) = torch.autograd.grad(first.square().sum(), student)
-    assert second.isfinite().all() and second.abs().max() > 0
-    (first,) = torch.autograd.grad(one.loss, student, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        torch.autograd.grad(first.square().sum(), student)
+
+
+def test_second_derivative():
+    found = []
+    for loss in (make(), make(fused=False)):
+        student, teacher = features()
+        result = loss(student, teacher, BOXES, CANVAS)
+        value = result.loss + 2 * result.raw["global"]
+        inputs = [student, loss.student_context.attend.weight]
+        first = torch.autograd.grad(value, inputs, create_graph=True)
+        penalty = sum(gradient.square().sum() for gradient in first)
+        found.append([*first, *torch.autograd.grad(penalty, inputs)])
+    assert_same(*found)
+    assert all(gradient.abs().max() > 0 for gradient in found[0])
 
 
 def test_packed_boxes_are_the_same_as_a_list():
@@ -167,6 +175,7 @@ def test_half_precision(dtype, fused_path):
         result = loss(student, teacher, BOXES, CANVAS)
         assert all(value.dtype == torch.float32 for value in (*result.raw.values(), result.loss))
         torch.testing.assert_close(result.loss, wanted.loss)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=fused_path):  # as some loops call backward
         result.loss.backward()
     assert student.grad.dtype == dtype
     torch.testing.assert_close(student.grad, wanted_gradient.to(dtype))
@@ -198,7 +207,7 @@ def test_weight_zero(name, fused_path):
     without, full = make(fused=fused_path, **{name: 0.0}), make()
     part = PARTS[["alpha", "beta", "gamma", "lambda_"].index(name)]
     found, wanted = (loss(student, teacher, BOXES, CANVAS) for loss in (without, full))
-    assert float(found.parts[part]) == float(found.raw[part]) == 0
+    assert found.parts[part].item() == found.raw[part].item() == 0
     rest = sum(wanted.parts[other] for other in PARTS if other != part)
     torch.testing.assert_close(found.loss, rest)
     assert_same(gradients(without, found, student), gradients(full, None, student, rest))

@@ -11,8 +11,6 @@ import pytest
 import torch
 import yaml
 
-pytest.importorskip("ultralytics")
-
 TINY = {"n": [0.33, 0.0625, 1024]}  # scale, depth and width: a 16th of the layers' nominal width
 WIDE = {"n": [0.33, 0.125, 1024]}
 
