@@ -69,7 +69,7 @@ class PackedBoxes:
             _check_shape(of_image, f"boxes[{number}]")
         if device is None:
             device = boxes[0].device if boxes else torch.device("cpu")
-        counts = [len(of_image) for of_image in boxes]
+        counts = [len(of_image) if of_image.numel() else 0 for of_image in boxes]
         owner = [i for i, count in enumerate(counts) for _ in range(count)]
         flat = [of_image.detach().float() for of_image in boxes if of_image.numel()]
         packed = torch.cat(flat) if flat else torch.zeros(0, 4)
@@ -81,7 +81,7 @@ class PackedBoxes:
                 "Remove such boxes from the targets, or find what made them."
             )
         return cls.from_flat(
-            packed.to(device, non_blocking=True),
+            _to_device(packed, device),
             _to_device(torch.tensor(owner, dtype=torch.long), device),
             len(boxes),
             canvas,
@@ -148,20 +148,22 @@ def box_masks(
     """
     device = packed.relative.device
     foreground = torch.zeros(packed.num_images, height * width, dtype=dtype, device=device)
-    columns = torch.arange(width, dtype=torch.float32, device=device)
-    rows = torch.arange(height, dtype=torch.float32, device=device)
+    cells = torch.arange(max(height, width), dtype=torch.float32, device=device)
     chunk = max(1, (_CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK) // max(1, height * width))
     for start in range(0, len(packed), chunk):
         relative = packed.relative[start : start + chunk]
-        in_columns, box_width = _span(relative[:, 0] * width, relative[:, 2] * width, columns)
-        in_rows, box_height = _span(relative[:, 1] * height, relative[:, 3] * height, rows)
-        # In this order: 1 / (h * w) rounds differently in float32.
-        weight = 1 / box_height.to(dtype) / box_width.to(dtype)
-        cover = (in_rows * weight[:, None])[:, :, None] * in_columns.to(dtype)[:, None, :]
+        # (2, M) each: columns in the first row, rows in the second.
+        scaled = torch.stack((relative[:, 0::2] * width, relative[:, 1::2] * height))
+        first, last = scaled[:, :, 0].floor().clamp_(min=0), scaled[:, :, 1].ceil()
+        inside = (cells >= first[:, :, None]) & (cells <= last[:, :, None])
+        # An inverted box covers nothing: its sides only have to be numbers. So do those of a box with NaN.
+        sides = (last - first).add_(1).clamp_(min=1).to(dtype)
+        weight = (1 / sides[1] / sides[0]).nan_to_num_(nan=0)  # 1 / (h * w) would round differently
+        cover = (inside[1, :, :height] * weight[:, None])[:, :, None] * inside[0, :, None, :width]
         image = packed.image[start : start + chunk, None].expand(-1, height * width)
         foreground.scatter_reduce_(0, image, cover.flatten(1), "amax")
-    empty = (foreground == 0).to(dtype)
-    background = empty / empty.sum(1, keepdim=True).clamp_(min=1)
+    background = (foreground == 0).to(dtype)
+    background /= background.sum(1, keepdim=True).clamp_(min=1)
     shape = (packed.num_images, height, width)
     return foreground.view(shape), background.view(shape)
 
@@ -214,16 +216,6 @@ def check_boxes(boxes: Sequence[Tensor] | PackedBoxes, canvas: Canvas | None = N
         "The canvas must be the (h, w) in pixels of the image as the model sees it, after resizing and padding, "
         "in this order, and the boxes must have gone through the same resizing.",
     )
-
-
-def _span(low: Tensor, high: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of ``cells`` (L,) lie in each of M intervals -> (M, L) bool, and the interval lengths in cells (M,)."""
-    first = low.floor().clamp_(min=0)
-    last = high.ceil()
-    inside = (cells >= first[:, None]) & (cells <= last[:, None])
-    # An inverted interval covers nothing, so its length only has to be a number; NaN must not pass either.
-    length = (last - first + 1).clamp_(min=1).nan_to_num_(nan=1.0, posinf=float("inf"))
-    return inside, length
 
 
 def _refuse(boxes: PackedBoxes, wrong: Tensor, found: str, advice: str) -> None:

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from fgd_hooks.masks import PackedBoxes, box_masks, check_boxes
 from tests.losses.reference import slow_masks
 
-settings.register_profile("masks", deadline=None, max_examples=40, derandomize=True)
-settings.load_profile("masks")
+examples = settings(deadline=None, max_examples=30, derandomize=True)
 
 SIDES = st.integers(1, 12)
 NUMBERS = st.floats(-60, 160, width=32)
@@ -33,12 +32,14 @@ def masks(boxes, canvas, height, width, dtype=torch.float64):
     return box_masks(PackedBoxes.from_list(boxes, canvas), height, width, dtype)
 
 
+@examples
 @given(batches())
 def test_equal_to_the_slow_reference(batch):
     for found, wanted in zip(masks(*batch), slow_masks(*batch), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-14, atol=0)
 
 
+@examples
 @given(batches(), st.randoms(use_true_random=False))
 def test_order_of_boxes_does_not_matter(batch, random):
     boxes, *rest = batch
@@ -47,6 +48,7 @@ def test_order_of_boxes_does_not_matter(batch, random):
         assert torch.equal(a, b)
 
 
+@examples
 @given(batches())
 def test_flat_and_list_agree_in_any_order(batch):
     boxes, canvas, height, width = batch
@@ -58,6 +60,7 @@ def test_flat_and_list_agree_in_any_order(batch):
         assert torch.equal(a, b)
 
 
+@examples
 @given(batches())
 def test_background_is_what_no_box_covers(batch):
     foreground, background = masks(*batch)
@@ -67,6 +70,7 @@ def test_background_is_what_no_box_covers(batch):
         assert float(bg.sum()) == pytest.approx(wanted, abs=1e-12)
 
 
+@examples
 @given(batches())
 def test_images_do_not_mix(batch):
     boxes, canvas, height, width = batch

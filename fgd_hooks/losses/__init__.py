@@ -1,8 +1,9 @@
 """Distillation losses between one student and one teacher feature map, each registered by name."""
 
+from fgd_hooks.losses.attention import channel_attention, spatial_attention
 from fgd_hooks.losses.base import LOSSES, FeatureLoss, LossResult, create_loss, list_losses, register_loss
 from fgd_hooks.losses.context import GcBlock
-from fgd_hooks.losses.fgd import PRESETS, FGDLoss, channel_attention, spatial_attention
+from fgd_hooks.losses.fgd import PRESETS, FGDLoss
 from fgd_hooks.losses.imitation import ImitationLoss
 
 __all__ = [

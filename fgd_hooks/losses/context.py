@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 LAYER_NORM_EPS = 1e-5
@@ -41,21 +42,9 @@ class GcBlock(nn.Module):
         nn.init.zeros_(self.expand.weight)
         nn.init.zeros_(self.expand.bias)
 
-    def pool(self, feature: Tensor) -> Tensor:
-        """The attention-weighted mean of ``feature`` (N, C, H, W) over its cells -> (N, C)."""
-        flat = feature.flatten(2)
-        weights = torch.softmax(torch.matmul(self.attend.weight.to(flat.dtype), flat), dim=-1)
-        return torch.matmul(flat, weights.transpose(1, 2)).squeeze(2)
-
-    def offset(self, feature: Tensor) -> Tensor:
-        """What R adds to each channel of ``feature`` (N, C, H, W) -> (N, C)."""
-        _, w1, b1, ln_weight, ln_bias, w2, b2 = (weight.to(feature.dtype) for weight in self.weights())
-        hidden = F.layer_norm(F.linear(self.pool(feature), w1, b1), ln_weight.shape, ln_weight, ln_bias, LAYER_NORM_EPS)
-        return F.linear(hidden.relu(), w2, b2)
-
     def forward(self, feature: Tensor) -> Tensor:
-        """R(F) of ``feature`` (N, C, H, W), same shape."""
-        return feature + self.offset(feature)[:, :, None, None]
+        """R(F) of ``feature`` (N, C, H, W), same shape and type."""
+        return add_context(feature, [weight.to(feature.dtype) for weight in self.weights()])
 
     def weights(self) -> tuple[Tensor, ...]:
         """W_k, W1, b1, LN weight, LN bias, W2, b2: the order that the fused loss expects."""
@@ -68,3 +57,54 @@ class GcBlock(nn.Module):
             self.expand.weight,
             self.expand.bias,
         )
+
+
+def add_context(feature: Tensor, block: Sequence[Tensor]) -> Tensor:
+    """R(F) of ``feature`` (N, C, H, W) for the weights in the order of :meth:`GcBlock.weights`."""
+    offset = transform(pool(feature, block[0]), block)[-1]
+    return feature + offset[:, :, None, None]
+
+
+def pool(feature: Tensor, wk: Tensor) -> Tensor:
+    """The context (N, C): the mean of ``feature`` (N, C, H, W) over its cells, weighted by softmax_hw(W_k F)."""
+    flat = feature.flatten(2)
+    attention = torch.softmax(torch.matmul(wk, flat), dim=-1)
+    return torch.matmul(flat, attention.transpose(1, 2)).squeeze(2)
+
+
+def transform(pooled: Tensor, block: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """W2 ReLU(LN(W1 x)) of a context x.
+
+    Args:
+        pooled: x, (N, C).
+        block: the weights in the order of :meth:`GcBlock.weights`.
+
+    Returns:
+        W1 x, its mean and reciprocal deviation, ReLU(LN(W1 x)): what the backward pass needs; then the result (N, C).
+    """
+    _, w1, b1, ln_weight, ln_bias, w2, b2 = block
+    hidden = torch.addmm(b1, pooled, w1.t())
+    normed, mean, rstd = torch.native_layer_norm(hidden, ln_weight.shape, ln_weight, ln_bias, LAYER_NORM_EPS)
+    active = normed.relu()
+    return hidden, mean, rstd, active, torch.addmm(b2, active, w2.t())
+
+
+def transform_backward(
+    grad: Tensor, pooled: Tensor, block: Sequence[Tensor], kept: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """The gradient of :func:`transform` at x (N, C), and those at W1, b1, LN weight, LN bias, W2, b2.
+
+    Args:
+        grad: gradient at the result, (N, C).
+        pooled: as given to :func:`transform`.
+        block: as given to :func:`transform`.
+        kept: what :func:`transform` returned.
+    """
+    _, w1, _, ln_weight, ln_bias, w2, _ = block
+    hidden, mean, rstd, active, _ = kept
+    by_normed = torch.ops.aten.threshold_backward(torch.mm(grad, w2), active, 0)
+    by_hidden, by_ln_weight, by_ln_bias = torch.ops.aten.native_layer_norm_backward(
+        by_normed, hidden, ln_weight.shape, mean, rstd, ln_weight, ln_bias, [True, True, True]
+    )
+    by_w1, by_w2 = torch.mm(by_hidden.t(), pooled), torch.mm(grad.t(), active)
+    return torch.mm(by_hidden, w1), [by_w1, by_hidden.sum(0), by_ln_weight, by_ln_bias, by_w2, grad.sum(0)]

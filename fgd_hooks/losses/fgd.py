@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fgd_hooks.losses.attention import Weights, compute_dtype, plain_terms
 from fgd_hooks.losses.base import FeatureLoss, LossResult, check_features, pack_boxes, register_loss
 from fgd_hooks.losses.context import GcBlock
-from fgd_hooks.losses.fused import Terms, fused_terms, no_autocast
+from fgd_hooks.losses.fused import fused_terms
 from fgd_hooks.masks import Canvas, PackedBoxes, box_masks
 from fgd_hooks.registry import suggestion
 
@@ -22,37 +23,6 @@ PRESETS: dict[str, dict[str, float]] = {
     "fcos": {"temperature": 0.8, "alpha": 1.6e-3, "beta": 8e-4, "gamma": 8e-4, "lambda_": 8e-6},
 }
 """The authors' settings by kind of detector: Faster and Mask R-CNN; RetinaNet, GFL and SOLO; RepPoints; FCOS."""
-
-
-def spatial_attention(feature: Tensor, temperature: float = 0.5) -> Tensor:
-    """Where a feature map is active (the paper's Eq. 2 and 4): H*W * softmax over the cells of mean_c |F| / T.
-
-    Args:
-        feature: (N, C, H, W) of any floating type.
-        temperature: T; smaller is sharper.
-
-    Returns:
-        (N, H, W), float32 or float64, with mean 1 over the cells of each image.
-    """
-    with no_autocast(feature.device):
-        height, width = feature.shape[2:]
-        logits = feature.abs().mean(1, dtype=_compute_dtype(feature)).flatten(1) / temperature
-        return torch.softmax(logits, 1).mul(height * width).view(-1, height, width)
-
-
-def channel_attention(feature: Tensor, temperature: float = 0.5) -> Tensor:
-    """Which channels of a feature map are active (the paper's Eq. 3 and 5): C * softmax over c of mean_hw |F| / T.
-
-    Args:
-        feature: (N, C, H, W) of any floating type.
-        temperature: T; smaller is sharper.
-
-    Returns:
-        (N, C), float32 or float64, with mean 1 over the channels of each image.
-    """
-    with no_autocast(feature.device):
-        logits = feature.abs().mean((2, 3), dtype=_compute_dtype(feature)) / temperature
-        return torch.softmax(logits, 1) * feature.shape[1]
 
 
 @register_loss("fgd")
@@ -79,8 +49,8 @@ class FGDLoss(FeatureLoss):
         gamma: weight of the attention part.
         lambda_: weight of the global part.
         fused: compute with :mod:`fgd_hooks.losses.fused`: several times faster, a fraction of the memory, the same
-            numbers, but no second derivative. False, and always under ``torch.compile``, means plain PyTorch
-            operations, which have one.
+            numbers. False means plain PyTorch operations, which are also what ``torch.compile`` gets to see and what
+            ``create_graph=True`` differentiates a second time.
 
     Raises:
         ValueError: channels below 2, a temperature that is not positive, a weight that is negative or not finite.
@@ -146,42 +116,19 @@ class FGDLoss(FeatureLoss):
         """
         check_features(student, teacher, self.channels)
         teacher = teacher.detach()
-        dtype = _compute_dtype(student, teacher)
-        terms = Terms(*(weight != 0 for weight in self.weights.values()))
+        dtype = compute_dtype(student, teacher)
+        weights = Weights(*self.weights.values())
         n, _, height, width = student.shape
-        if terms.focal:
+        if weights.focal:
             masks = box_masks(pack_boxes(boxes, canvas, student), height, width, dtype)
         else:
             masks = (student.new_zeros((n, height, width), dtype=dtype),) * 2
-        with no_autocast(student.device):
-            if self.fused and not torch.compiler.is_compiling():
-                blocks = self.student_context.weights(), self.teacher_context.weights()
-                values = fused_terms(student, teacher, *masks, *blocks, self.temperature, terms)
-            else:
-                values = self._plain_terms(student.to(dtype), teacher.to(dtype), *masks, terms)
-            raw = dict(zip(self.part_names, values, strict=True))
-            parts = {name: raw[name] * weight for name, weight in self.weights.items()}
-            total = torch.stack(tuple(parts.values())).sum()
-        return LossResult(parts, raw, total)
-
-    def _plain_terms(
-        self, student: Tensor, teacher: Tensor, foreground: Tensor, background: Tensor, terms: Terms
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What :func:`fused_terms` computes, from differentiable operations."""
-        zero = (student.flatten()[:1] * 0).sum()
-        fg, bg, at, gl = zero, zero, zero, zero
-        spatial, channel = (f(teacher, self.temperature) for f in (spatial_attention, channel_attention))
-        if terms.focal:
-            energy = spatial * torch.einsum("nchw,nc->nhw", (teacher - student).square(), channel)
-            fg = (foreground * energy).sum() if terms.foreground else zero
-            bg = (background * energy).sum() if terms.background else zero
-        if terms.attention:
-            at = (spatial_attention(student, self.temperature) - spatial).abs().sum()
-            at = at + (channel_attention(student, self.temperature) - channel).abs().sum()
-        if terms.context:
-            gl = (self.teacher_context(teacher) - self.student_context(student)).square().sum()
-        n = student.shape[0]
-        return fg / n, bg / n, at / n, gl / n
+        blocks = self.student_context.weights(), self.teacher_context.weights()
+        compute = fused_terms if self.fused and not torch.compiler.is_compiling() else plain_terms
+        loss, parts, raw = compute(student, teacher, *masks, *blocks, self.temperature, weights)
+        return LossResult(
+            dict(zip(self.part_names, parts, strict=True)), dict(zip(self.part_names, raw, strict=True)), loss
+        )
 
     def load_official(self, state: Mapping[str, Tensor]) -> None:
         """Load the context blocks from a state_dict of the authors' loss class.
@@ -211,7 +158,3 @@ def official_name(key: str) -> str:
     block, layer, kind = key.split(".")
     theirs = {"attend": "conv_mask_{}", "reduce": "channel_add_conv_{}.0", "norm": "channel_add_conv_{}.1"}
     return f"{theirs.get(layer, 'channel_add_conv_{}.3').format(block[0])}.{kind}"
-
-
-def _compute_dtype(*features: Tensor) -> torch.dtype:
-    return torch.float64 if any(f.dtype == torch.float64 for f in features) else torch.float32

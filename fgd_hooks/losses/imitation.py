@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fgd_hooks.losses.attention import compute_dtype, no_autocast
 from fgd_hooks.losses.base import FeatureLoss, LossResult, check_features, pack_boxes, register_loss
-from fgd_hooks.losses.fused import no_autocast
 from fgd_hooks.masks import Canvas, PackedBoxes, box_masks
 
 
@@ -64,7 +64,7 @@ class ImitationLoss(FeatureLoss):
         """
         check_features(student, teacher, self.channels)
         n, _, height, width = student.shape
-        dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+        dtype = compute_dtype(student, teacher)
         with no_autocast(student.device):
             difference = teacher.detach().to(dtype) - student.to(dtype)
             if self.mode == "all":

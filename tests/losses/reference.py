@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 
 def slow_masks(boxes, canvas, height, width, dtype=torch.float64):
     """Foreground and background weights (N, H, W), cell by cell."""
-    foreground = torch.zeros(len(boxes), height, width, dtype=dtype)
-    background = torch.zeros(len(boxes), height, width, dtype=dtype)
-    for n, of_image in enumerate(boxes):
-        h, w = canvas[n]
-        for box in of_image.float():
-            scaled = torch.stack(
-                [box[0] / w * width, box[1] / h * height, box[2] / w * width, box[3] / h * height]
-            ).tolist()
-            if not all(abs(v) < 1e9 for v in scaled):
-                raise ValueError("the reference takes finite boxes")
-            left, top = (max(0, int(torch.tensor(v).floor())) for v in scaled[:2])
-            right, bottom = (int(torch.tensor(v).ceil()) for v in scaled[2:])
-            if right < left or bottom < top:
-                continue
-            weight = torch.tensor(1, dtype=dtype) / (bottom + 1 - top) / (right + 1 - left)
+    foregrounds, backgrounds = [], []
+    for of_image, (h, w) in zip(boxes, canvas, strict=True):
+        size = torch.tensor([w, h, w, h], dtype=torch.float32)
+        cells = torch.tensor([width, height, width, height], dtype=torch.float32)
+        foreground = [[0.0] * width for _ in range(height)]
+        for box in (of_image.float().reshape(-1, 4) / size * cells).tolist():
+            left, top = (max(0, math.floor(v)) for v in box[:2])
+            right, bottom = (math.ceil(v) for v in box[2:])
             for row in range(top, min(bottom, height - 1) + 1):
                 for column in range(left, min(right, width - 1) + 1):
-                    foreground[n, row, column] = max(foreground[n, row, column], weight)
-        outside = [(r, c) for r in range(height) for c in range(width) if foreground[n, r, c] == 0]
-        for row, column in outside:
-            background[n, row, column] = 1 / len(outside)
-    return foreground, background
+                    area = (bottom + 1 - top) * (right + 1 - left)
+                    foreground[row][column] = max(foreground[row][column], 1 / area)
+        outside = sum(value == 0 for row in foreground for value in row)
+        foregrounds.append(foreground)
+        backgrounds.append([[1 / outside if value == 0 else 0.0 for value in row] for row in foreground])
+    return torch.tensor(foregrounds, dtype=dtype), torch.tensor(backgrounds, dtype=dtype)
 
 
 def slow_attention(feature, temperature):

@@ -1,0 +1,115 @@
+"""FGD's attentions, and its four terms from plain differentiable operations."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fgd_hooks.losses.context import add_context
+
+
+class Weights(NamedTuple):
+    """The weight of each term; a term of weight 0 is not computed and comes back as 0."""
+
+    foreground: float
+    background: float
+    attention: float
+    context: float
+
+    @property
+    def focal(self) -> bool:
+        """Whether either focal term is wanted."""
+        return bool(self.foreground or self.background)
+
+
+Terms = tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]
+"""The weighted sum of the terms foreground, background, attention and global; those four weighted; and raw."""
+
+
+def spatial_attention(feature: Tensor, temperature: float = 0.5) -> Tensor:
+    """Where a feature map is active (the paper's Eq. 2 and 4): H*W * softmax over the cells of mean_c |F| / T.
+
+    Args:
+        feature: (N, C, H, W) of any floating type.
+        temperature: T; smaller is sharper.
+
+    Returns:
+        (N, H, W), float32 or float64, with mean 1 over the cells of each image.
+    """
+    with no_autocast(feature.device):
+        height, width = feature.shape[2:]
+        logits = feature.abs().mean(1, dtype=compute_dtype(feature)).flatten(1) / temperature
+        return torch.softmax(logits, 1).mul(height * width).view(-1, height, width)
+
+
+def channel_attention(feature: Tensor, temperature: float = 0.5) -> Tensor:
+    """Which channels of a feature map are active (the paper's Eq. 3 and 5): C * softmax over c of mean_hw |F| / T.
+
+    Args:
+        feature: (N, C, H, W) of any floating type.
+        temperature: T; smaller is sharper.
+
+    Returns:
+        (N, C), float32 or float64, with mean 1 over the channels of each image.
+    """
+    with no_autocast(feature.device):
+        logits = feature.abs().mean((2, 3), dtype=compute_dtype(feature)) / temperature
+        return torch.softmax(logits, 1) * feature.shape[1]
+
+
+def plain_terms(
+    student: Tensor,
+    teacher: Tensor,
+    foreground: Tensor,
+    background: Tensor,
+    student_block: Sequence[Tensor],
+    teacher_block: Sequence[Tensor],
+    temperature: float,
+    weights: Weights,
+) -> Terms:
+    """FGD's terms for one level, all scalars and divided by N.
+
+    Args:
+        student: (N, C, H, W).
+        teacher: (N, C, H, W), takes no gradient.
+        foreground: (N, H, W) mask S, in the floating type to compute in.
+        background: (N, H, W) mask B, likewise.
+        student_block: the weights of the student's context block in the order of ``GcBlock.weights``.
+        teacher_block: those of the teacher's.
+        temperature: T of both attentions.
+        weights: the weights of the terms.
+    """
+    dtype = foreground.dtype
+    with no_autocast(student.device):
+        s, t = student.to(dtype), teacher.detach().to(dtype)
+        fg = bg = at = gl = s.sum() * 0
+        spatial, channel = spatial_attention(t, temperature), channel_attention(t, temperature)
+        if weights.focal:
+            energy = spatial * torch.einsum("nchw,nc->nhw", (t - s).square(), channel)
+            fg = (foreground * energy).sum() if weights.foreground else fg
+            bg = (background * energy).sum() if weights.background else bg
+        if weights.attention:
+            at = (spatial_attention(s, temperature) - spatial).abs().sum()
+            at = at + (channel_attention(s, temperature) - channel).abs().sum()
+        if weights.context:
+            relation = add_context(t, [weight.to(dtype) for weight in teacher_block])
+            gl = (relation - add_context(s, [weight.to(dtype) for weight in student_block])).square().sum()
+        raw = tuple(term / len(s) for term in (fg, bg, at, gl))
+        parts = tuple(term * weight for term, weight in zip(raw, weights, strict=True))
+        return parts[0] + parts[1] + parts[2] + parts[3], parts, raw
+
+
+def compute_dtype(*features: Tensor) -> torch.dtype:
+    """The floating type to compute in: float64 if any feature is, else float32."""
+    return torch.float64 if any(f.dtype == torch.float64 for f in features) else torch.float32
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """A context without autocast; costs nothing where there is none."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()

@@ -1,0 +1,223 @@
+"""The fused FGD function for one group of images, forward and backward; fused.py has the formulas."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fgd_hooks.losses.attention import Weights
+
+Blocks = tuple[list[Tensor], list[Tensor]]
+"""The weights of the student's and the teacher's context block, each in the order of ``GcBlock.weights``."""
+
+
+class Group(NamedTuple):
+    """Some images of a level, flat."""
+
+    images: slice
+    student: Tensor  # (n, C, P)
+    teacher: Tensor  # (n, C, P)
+    foreground: Tensor  # (n, P)
+    background: Tensor  # (n, P)
+    chunks: list[slice]  # of channels
+    scratch: list[Tensor]  # memory for two pieces, reused by every step and group; empty: allocate as needed
+
+    def read(self, chunk: slice) -> tuple[Tensor, Tensor]:
+        """The channels ``chunk`` of both features in the type to compute in."""
+        pair = (self.student, self.teacher)
+        if len(self.chunks) > 1:
+            pair = (self.student[:, chunk], self.teacher[:, chunk])
+        return pair[0].to(self.foreground.dtype), pair[1].to(self.foreground.dtype)
+
+    def buffer(self, number: int, piece: Tensor) -> Tensor | None:
+        """Scratch memory of the shape of ``piece``, to be given as ``out``."""
+        return self.scratch[number][: piece.numel()].view(piece.shape) if self.scratch else None
+
+
+class Kept(NamedTuple):
+    """What the forward pass of a group finds; empty where no term asks for it."""
+
+    spatial: list[Tensor | None]  # softmaxes (n, P) of the spatial attentions
+    channel: list[Tensor | None]  # softmaxes (n, C) of the channel attentions
+    attend: list[Tensor]  # softmaxes (n, 1, P) of the context blocks
+    pooled: list[Tensor]  # contexts (n, C)
+    mean: list[Tensor]  # [m (n, C)]
+
+
+class Context(NamedTuple):
+    """The gradient of the global term as far as it needs no feature, for some images."""
+
+    scale: Tensor  # -g
+    offset: Tensor  # a (n, C)
+    by_pooled: tuple[Tensor, ...]  # gradients at both contexts (n, C)
+    columns: Tensor  # (n, C, 3): -g a, the gradient at the student's context, its W_k
+
+    def of(self, images: slice) -> Context:
+        """The same for fewer images."""
+        by_pooled = tuple(each[images] for each in self.by_pooled)
+        return Context(self.scale, self.offset[images], by_pooled, self.columns[images])
+
+
+class Factors(NamedTuple):
+    """The incoming gradient of each raw term's sum over the batch; None where there is none."""
+
+    foreground: Tensor | None
+    background: Tensor | None
+    attention: Tensor | None
+    context: Tensor | None
+
+
+def forward_group(group: Group, temperature: float, weights: Weights, blocks: Blocks) -> tuple[list[Tensor], Kept]:
+    """The first three terms and sum (d - m)^2, summed over a group of images."""
+    n, c, p = group.student.shape
+    sized = (bool(weights.attention), bool(weights.attention) or weights.focal)
+    over_channels: list[Tensor | None] = [None, None]
+    logits: list[Tensor | None] = [None, None]
+    over_cells: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for j in group.chunks:
+        for k, piece in enumerate(group.read(j)):
+            if sized[k]:
+                size = torch.abs(piece, out=group.buffer(0, piece))
+                over_channels[k] = _add(over_channels[k], size.sum(1))
+                over_cells[k].append(size.sum(2))
+            if weights.context:
+                logits[k] = _add(logits[k], torch.bmm(blocks[k][0][:, j].expand(n, 1, -1), piece))
+    spatial = [None if x is None else torch.softmax(x.mul_(1 / (c * temperature)), 1) for x in over_channels]
+    channel = [torch.softmax(_join(x).mul_(1 / (p * temperature)), 1) if x else None for x in over_cells]
+    attend = [torch.softmax(x, 2) for x in logits if x is not None]
+
+    energy: Tensor | None = None
+    squares = zero = group.foreground.new_zeros(())
+    means: list[Tensor] = []
+    contexts: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for j in group.chunks if weights.focal or weights.context else ():
+        pieces = group.read(j)
+        d = torch.sub(pieces[1], pieces[0], out=group.buffer(0, pieces[0]))
+        if channel[1] is not None and weights.focal:
+            square = torch.mul(d, d, out=group.buffer(1, d))
+            energy = _add(energy, torch.bmm(channel[1][:, None, j], square))
+        if weights.context:
+            for k, piece in enumerate(pieces):
+                contexts[k].append(torch.bmm(attend[k], piece.transpose(1, 2)).squeeze(1))
+            means.append(d.mean(2))
+            d -= means[-1][:, :, None]
+            squares = squares + torch.mul(d, d, out=d).sum()
+
+    terms = [zero, zero, zero, squares]
+    if energy is not None and spatial[1] is not None:
+        energy = energy.squeeze(1).mul_(spatial[1]).mul_(c * p)
+        for k, mask in enumerate((group.foreground, group.background)):
+            if weights[k]:
+                terms[k] = (mask * energy).sum()
+    if weights.attention:
+        of_cells, of_channels = ((x - y).abs_().sum() for x, y in (both(spatial), both(channel)))
+        terms[2] = of_cells * p + of_channels * c
+    pooled = [_join(x) for x in contexts if x]
+    return terms, Kept(spatial, channel, attend, pooled, [_join(means)] if means else [])
+
+
+def backward_group(
+    group: Group,
+    kept: Kept,
+    factors: Factors,
+    temperature: float,
+    context: Context | None,
+    by_student: Tensor | None,
+) -> list[Tensor]:
+    """Write the student's gradient of a group into ``by_student`` (n, C, P), if that is wanted.
+
+    Returns:
+        The gradients at W_k (1, C) of both blocks, or nothing if no gradient flows to the global term.
+    """
+    _, c, p = group.student.shape
+    into = _StudentGradient(kept.channel[1], context)
+    for factor, mask in ((factors.foreground, group.foreground), (factors.background, group.background)):
+        if factor is not None:
+            into.focal = _add(into.focal, mask * factor)
+    if into.focal is not None and kept.spatial[1] is not None:
+        into.focal = into.focal.mul_(kept.spatial[1]).mul_(-2 * c * p)
+    if factors.attention is not None:
+        factor = factors.attention / temperature
+        into.cells = _sign_gradient(kept.spatial).mul_(factor * (p / c))
+        into.channels = _sign_gradient(kept.channel).mul_(factor * (c / p))
+    by_logits: list[Tensor] = []
+    if context is not None:
+        by_attend: list[Tensor | None] = [None, None]
+        for j in group.chunks:
+            for k, piece in enumerate(group.read(j)):
+                by_attend[k] = _add(by_attend[k], torch.bmm(context.by_pooled[k][:, None, j], piece))
+        by_logits = [
+            torch.ops.aten._softmax_backward_data(grad, attend, 2, attend.dtype)
+            for grad, attend in zip(by_attend, kept.attend, strict=True)
+        ]
+        into.rows = torch.cat((torch.ones_like(kept.attend[0]), kept.attend[0], by_logits[0]), 1)
+    by_wk: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for j in group.chunks:
+        pieces = group.read(j)
+        for k, grad in enumerate(by_logits):
+            by_wk[k].append(torch.bmm(grad, pieces[k].transpose(1, 2)).sum(0))
+        if by_student is not None:
+            into.write(group, pieces, j, by_student if len(group.chunks) == 1 else by_student[:, j])
+    return [_join(each) for each in by_wk if each]
+
+
+class _StudentGradient:
+    """The student feature's gradient, written chunk by chunk from whichever terms there are."""
+
+    def __init__(self, channel: Tensor | None, context: Context | None) -> None:
+        self.channel = channel  # A_C^t / C (n, C)
+        self.context = context
+        self.rows: Tensor | None = None  # (n, 3, P): 1, p, q
+        self.focal: Tensor | None = None  # k (n, P)
+        self.cells: Tensor | None = None  # u (n, P)
+        self.channels: Tensor | None = None  # v (n, C)
+
+    def write(self, group: Group, pieces: tuple[Tensor, Tensor], j: slice, into: Tensor) -> None:
+        """Overwrite ``into`` with the gradient at the channels ``j``."""
+        student, teacher = pieces
+        context = self.context
+        d = torch.sub(teacher, student, out=into) if into.dtype == student.dtype else teacher - student
+        if self.focal is not None and self.channel is not None:
+            focal, channel = self.focal[:, None], self.channel[:, j, None]
+            factor = torch.mul(channel, focal, out=group.buffer(0, d))
+            d *= factor if context is None else factor.add_(context.scale)
+        elif context is not None:
+            # Without a focal term, the small sum of two large numbers can be formed before it is scaled.
+            d.add_(context.offset[:, j, None]).mul_(context.scale)
+        else:
+            d.zero_()
+        if self.cells is not None and self.channels is not None:
+            size = torch.add(self.channels[:, j, None], self.cells[:, None], out=group.buffer(0, d))
+            d.addcmul_(torch.sign(student, out=group.buffer(1, d)), size)
+        if context is not None and self.rows is not None:
+            first = 1 if self.focal is None else 0
+            d.baddbmm_(context.columns[:, j, first:], self.rows[:, first:])
+        if d is not into:
+            into.copy_(d)
+
+
+def both(pair: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """The pair as tensors, which a term that was computed has."""
+    student, teacher = pair
+    if student is None or teacher is None:
+        raise RuntimeError("A gradient was asked for of a term that the forward pass did not compute.")
+    return student, teacher
+
+
+def _sign_gradient(softmaxes: list[Tensor | None]) -> Tensor:
+    """Gradient of sum |x - y| at the logits of x, for two softmaxes x and y over the last dimension."""
+    student, teacher = both(softmaxes)
+    signs = (student - teacher).sign_()
+    gradient: Tensor = torch.ops.aten._softmax_backward_data(signs, student, 1, student.dtype)
+    return gradient
+
+
+def _add(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)
+
+
+def _join(chunks: list[Tensor]) -> Tensor:
+    """Chunks of channels in one tensor (..., C)."""
+    return chunks[0] if len(chunks) == 1 else torch.cat(chunks, -1)
