@@ -73,7 +73,7 @@ class BalanceConfig:
     """
 
     mode: str = "gradient"
-    ratio: float = 0.5
+    ratio: float = 1.0
     per_level: bool = True
     momentum: float = 0.9
     interval: int = 10
@@ -105,14 +105,15 @@ class ScheduleConfig:
         kind: "constant", "linear" or "cosine" decay from 1 to ``end``.
         warmup_steps: steps over which the weight rises from 0 at the start of the training.
         start_epoch: first epoch that distils; below 1, a fraction of the training.
-        stop_epoch: first epoch that no longer distils; below 1, a fraction of the training; null, never.
+        stop_epoch: first epoch that no longer distils; below 1, a fraction of the training (never, where the loop does
+            not say how many epochs there are); null, never.
         end: the factor at the end of a decay.
     """
 
     kind: str = "constant"
     warmup_steps: int = 0
     start_epoch: float = 0.0
-    stop_epoch: float | None = None
+    stop_epoch: float | None = 0.7
     end: float = 0.0
 
     def __post_init__(self) -> None:

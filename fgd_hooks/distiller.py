@@ -38,7 +38,9 @@ class Distilled:
         parts: each part of the loss summed over the levels, as it enters ``loss`` (detached).
         levels: the same for each level: ``levels["P3"]["foreground"]`` (detached).
         raw: each level's parts before the loss's own weights, the balance and the schedule (detached).
-        weight: what the schedule and the configured weight make of this step; 0 when it does not distil.
+        weight: what the loss is multiplied by in this step, the configured weight times the schedule; 0 when the step
+            does not distil.
+        resting: whether the step does not distil because of ``every``.
         measured: whether this step measured the balance, so that the student learned from the task alone.
     """
 
@@ -48,6 +50,7 @@ class Distilled:
     raw: dict[str, dict[str, Tensor]]
     weight: float
     measured: bool = False
+    resting: bool = False
 
 
 class Distiller(nn.Module):
@@ -144,13 +147,18 @@ class Distiller(nn.Module):
             ValueError: boxes or features do not fit together.
             NonFiniteError: NaN or infinite for ``max_bad_steps`` steps in a row.
         """
+        if self.clock.step == 0 and self.clock.epochs is None and 0 < (self.config.schedule.stop_epoch or 0) < 1:
+            logger.warning(
+                "schedule.stop_epoch=%s is a fraction of the training: it takes effect once "
+                "distiller.set_epoch(epoch, epochs) says how long the training is.",
+                self.config.schedule.stop_epoch,
+            )
         weight = self.config.weight * schedule_factor(self.config.schedule, self.clock)
-        if self.clock.step % self.config.every:
-            weight = 0.0
+        resting = weight != 0 and self.clock.step % self.config.every != 0
         self.clock.step += 1
-        if weight == 0 or not torch.is_grad_enabled():
+        if weight == 0 or resting or not torch.is_grad_enabled():
             self.taps.clear()
-            return self._nothing()
+            return self._nothing(resting)
         features = self.taps.pop()
         self._check_gradient(features)
         device = features[0].device
@@ -234,7 +242,7 @@ class Distiller(nn.Module):
         """Steps so far whose distillation loss was not finite and was left out."""
         return int(self._bad_steps[1])
 
-    def _nothing(self) -> Distilled:
+    def _nothing(self, resting: bool) -> Distilled:
         """A step without distillation. Under DDP the parameters must take part in each step all the same."""
         device = next(self.parameters(), torch.empty(0)).device
         loss = torch.zeros((), device=device)
@@ -242,7 +250,7 @@ class Distiller(nn.Module):
             loss = loss + 0.0 * sum(parameter.sum() for parameter in self.parameters())
         zeros = {part: torch.zeros((), device=device) for part in self.part_names}
         levels = {name: dict(zeros) for name in self.level_names}
-        return Distilled(loss, dict(zeros), levels, {name: dict(zeros) for name in levels}, 0.0)
+        return Distilled(loss, dict(zeros), levels, {name: dict(zeros) for name in levels}, 0.0, resting=resting)
 
     def _choose(self, pairs: list[LevelPair]) -> list[LevelPair]:
         names = [pair.name for pair in pairs]

@@ -29,13 +29,21 @@ def schedule_factor(config: ScheduleConfig, clock: Clock) -> float:
     It is 0 before ``start_epoch`` and from ``stop_epoch`` on. In between it goes from 1 to ``end`` as ``kind`` says
     (by epoch), and over the first ``warmup_steps`` steps of the training it rises linearly.
 
+    A ``stop_epoch`` that is a fraction has no effect while the number of epochs is not known.
+
     Raises:
-        ValueError: a decay or a fraction is asked for and the number of epochs is not known.
+        ValueError: a decay or a fraction to start at is asked for and the number of epochs is not known.
     """
-    start = _epoch(config.start_epoch, clock, "start_epoch")
-    stop = clock.epochs if config.stop_epoch is None else _epoch(config.stop_epoch, clock, "stop_epoch")
-    if clock.epoch < start or (config.stop_epoch is not None and stop is not None and clock.epoch >= stop):
+    start = _epoch(config.start_epoch, clock)
+    if start is None:
+        raise ValueError(
+            f"schedule.start_epoch is the fraction {config.start_epoch} of the training, whose number of epochs is not "
+            "known: call distiller.set_epoch(epoch, epochs) at the start of each epoch, or give a number of epochs."
+        )
+    end = None if config.stop_epoch is None else _epoch(config.stop_epoch, clock)
+    if clock.epoch < start or (end is not None and clock.epoch >= end):
         return 0.0
+    stop = clock.epochs if end is None else end
     factor = 1.0
     if config.kind != "constant":
         if stop is None:
@@ -51,13 +59,8 @@ def schedule_factor(config: ScheduleConfig, clock: Clock) -> float:
     return factor
 
 
-def _epoch(value: float, clock: Clock, key: str) -> int:
-    """An epoch given as a number of epochs (>= 1 or 0) or as a fraction of the training (between 0 and 1)."""
+def _epoch(value: float, clock: Clock) -> int | None:
+    """An epoch given as a number of epochs, or as a fraction of the training; None while that length is not known."""
     if 0 < value < 1:
-        if clock.epochs is None:
-            raise ValueError(
-                f"schedule.{key} is the fraction {value} of the training, whose number of epochs is not known: call "
-                "distiller.set_epoch(epoch, epochs) at the start of each epoch, or give a number of epochs."
-            )
-        return round(value * clock.epochs)
+        return None if clock.epochs is None else round(value * clock.epochs)
     return int(value)

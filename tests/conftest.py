@@ -1,4 +1,4 @@
-"""A tiny data set, tiny YOLO files and one tiny trained teacher, made once for all tests of the integration."""
+"""A tiny data set, tiny YOLO files and one tiny trained teacher, made once for all tests that train."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("YOLO_AUTOINSTALL", "false")  # a test never installs anything
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors, which more threads only slow down
 
 import pytest
 import torch
 import yaml
+
+torch.set_num_threads(1)
 
 TINY = {"n": [0.33, 0.0625, 1024]}  # scale, depth and width: a 16th of the layers' nominal width
 WIDE = {"n": [0.33, 0.125, 1024]}
@@ -78,12 +81,9 @@ def teacher_file(workplace: Path, data: Path) -> Path:
 
 
 @pytest.fixture
-def train(workplace: Path, data: Path, student_yaml: Path, tmp_path: Path):
+def train(data: Path, student_yaml: Path, tmp_path: Path):
     """``train(callback, **settings)``: train the tiny student; returns the YOLO object, its trainer inside."""
     from ultralytics import YOLO
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
 
     def run(callback=None, *, model=None, name="run", hooks=(), **settings):
         yolo = model or YOLO(str(student_yaml))
@@ -94,5 +94,4 @@ def train(workplace: Path, data: Path, student_yaml: Path, tmp_path: Path):
         yolo.train(**{**SETTINGS, "data": str(data), "project": str(tmp_path), "name": name, "epochs": 1, **settings})
         return yolo
 
-    yield run
-    torch.set_num_threads(threads)
+    return run

@@ -288,6 +288,22 @@ def test_the_schedule_is_applied(models):
     assert losses[2] == 0
 
 
+def test_every_other_step_rests(models):
+    student, teacher = models
+    calls = []
+    teacher.stem.register_forward_hook(lambda *_: calls.append(1))
+    distiller = Distiller(student, teacher, {**FIXED, "every": 2})
+    calls.clear()
+    images, boxes = batch()
+    results = []
+    for _ in range(4):
+        student(images)
+        results.append(distiller(images, boxes))
+    assert [result.resting for result in results] == [False, True, False, True]
+    assert [result.loss.item() > 0 for result in results] == [True, False, True, False]
+    assert len(calls) == 2, "the teacher rests as well"
+
+
 def test_levels_can_be_chosen(models):
     student, teacher = models
     assert Distiller(student, teacher, {"levels": ["P4", "P3"]}).level_names == ["P3", "P4"]

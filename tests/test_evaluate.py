@@ -78,7 +78,12 @@ def data(tmp_path: Path) -> Path:
             pixels[y : y + h, x : x + w, label] = 255
             rows.append(f"{label} {(x + w / 2) / width} {(y + h / 2) / height} {w / width} {h / height}")
             coco["annotations"].append(
-                {"id": len(coco["annotations"]), "image_id": index + 50, "category_id": category[label], "bbox": [x, y, w, h]}
+                {
+                    "id": len(coco["annotations"]),
+                    "image_id": index + 50,
+                    "category_id": category[label],
+                    "bbox": [x, y, w, h],
+                }
             )
         Image.fromarray(pixels).save(root / "images" / "val" / f"{index}.png")
         (root / "labels" / "val" / f"{index}.txt").write_text("\n".join(rows))
@@ -107,7 +112,13 @@ def test_agrees_with_model_val(data: Path, tmp_path: Path) -> None:
     result = evaluate(yolo, data / "data.yaml", imgsz=96, batch=2, device="cpu")
     with quiet_ultralytics():
         own = yolo.val(
-            data=str(data / "data.yaml"), imgsz=96, batch=2, device="cpu", plots=False, project=str(tmp_path), name="val"
+            data=str(data / "data.yaml"),
+            imgsz=96,
+            batch=2,
+            device="cpu",
+            plots=False,
+            project=str(tmp_path),
+            name="val",
         )
     assert result.ultralytics_map50_95 == pytest.approx(float(own.box.map), abs=1e-6)
     assert result.ultralytics_map50 == pytest.approx(float(own.box.map50), abs=1e-6)
@@ -165,7 +176,9 @@ def test_classes_that_do_not_go_together_are_explained(data: Path) -> None:
 
 def test_match_by_order_takes_categories_by_ascending_id(data: Path) -> None:
     # blue 3, red 7, green 20 against red, green, blue: every class is taken for another, so nothing is right.
-    result = evaluate(make_detector(), data / "annotations" / "instances_val.json", imgsz=96, device="cpu", match="order")
+    result = evaluate(
+        make_detector(), data / "annotations" / "instances_val.json", imgsz=96, device="cpu", match="order"
+    )
     assert result.map50 == 0.0
 
 
@@ -176,6 +189,8 @@ def test_wrong_models_are_explained(data: Path, tmp_path: Path) -> None:
     broken.write_bytes(b"no weights")
     with pytest.raises(DataError, match=r"broken\.pt cannot be loaded"):
         evaluate(broken, data / "data.yaml")
+    with pytest.raises(DataError, match=r"student\.yaml describes a model without weights"):
+        evaluate(STUDENT, data / "data.yaml")
     with pytest.raises(DataError, match="got Linear"):
         evaluate(torch.nn.Linear(1, 1), data / "data.yaml")
     with pytest.raises(DataError, match="task is 'classify'"), quiet_ultralytics():
@@ -208,7 +223,10 @@ def test_agreement_on_blood_cells(tmp_path: Path) -> None:
         for nms in (None, False):
             results = [
                 evaluate(weights, file, split=split, imgsz=192, device="cpu", nms=nms)
-                for file in (Path(folder) / "data_nopath.yaml", Path(folder) / "annotations" / f"instances_{split}.json")
+                for file in (
+                    Path(folder) / "data_nopath.yaml",
+                    Path(folder) / "annotations" / f"instances_{split}.json",
+                )
             ]
             for result in results:
                 assert result.map50_95 == pytest.approx(result.ultralytics_map50_95, abs=0.006)

@@ -11,16 +11,18 @@ def curve(config, epochs=10, **clock):
 
 
 def test_constant():
-    assert curve(ScheduleConfig()) == [1.0] * 10
+    assert curve(ScheduleConfig(stop_epoch=None)) == [1.0] * 10
 
 
 def test_linear_goes_from_one_to_end():
-    assert curve(ScheduleConfig(kind="linear", end=0.5)) == pytest.approx([1 - 0.05 * e for e in range(10)])
+    assert curve(ScheduleConfig(kind="linear", end=0.5, stop_epoch=None)) == pytest.approx(
+        [1 - 0.05 * e for e in range(10)]
+    )
 
 
 def test_cosine():
     expected = [(1 + math.cos(math.pi * e / 10)) / 2 for e in range(10)]
-    assert curve(ScheduleConfig(kind="cosine")) == pytest.approx(expected)
+    assert curve(ScheduleConfig(kind="cosine", stop_epoch=None)) == pytest.approx(expected)
 
 
 def test_start_and_stop_in_epochs_and_in_fractions():
@@ -40,6 +42,16 @@ def test_warm_up_rises_over_the_steps():
 
 def test_a_decay_needs_the_number_of_epochs():
     with pytest.raises(ValueError, match="set_epoch"):
-        schedule_factor(ScheduleConfig(kind="cosine"), Clock())
+        schedule_factor(ScheduleConfig(kind="cosine", stop_epoch=None), Clock())
     with pytest.raises(ValueError, match="set_epoch"):
-        schedule_factor(ScheduleConfig(stop_epoch=0.5), Clock())
+        schedule_factor(ScheduleConfig(start_epoch=0.5, stop_epoch=None), Clock())
+
+
+def test_a_fraction_to_stop_at_waits_until_the_length_is_known():
+    config = ScheduleConfig(stop_epoch=0.5)
+    assert schedule_factor(config, Clock(epoch=99)) == 1
+    assert schedule_factor(config, Clock(epoch=5, epochs=10)) == 0
+
+
+def test_the_default_stops_at_seven_tenths():
+    assert curve(ScheduleConfig()) == [1] * 7 + [0] * 3

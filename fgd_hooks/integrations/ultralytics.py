@@ -254,8 +254,8 @@ class _Run:
         loss, items = output
         images = batch["img"]
         distilled: Distilled = self.parallel(images, boxes_of(batch))
-        if distilled.weight or self.distilled is None:
-            self.distilled = distilled  # a step that does not distil goes on showing the last one's parts
+        if self.distilled is None or not distilled.resting:
+            self.distilled = distilled  # a step that rests goes on showing the last one's parts
         self.task_loss = loss.detach().sum()
         # Ultralytics' loss is the sum over the images of a batch, its items are per image
         extra = (distilled.loss * images.shape[0]).view(1).to(loss.dtype)

@@ -1,0 +1,67 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fgd_hooks import load_config
+from fgd_hooks.config import known_keys
+
+ROOT = Path(__file__).parent.parent
+
+TORCH_ALONE = """
+import sys
+others = "ultralytics omegaconf yaml pycocotools tensorboard timm torchvision rich matplotlib"
+for name in others.split():
+    sys.modules[name] = None  # an import of it raises ImportError
+import fgd_hooks
+from tests.tiny import TinyDetector, batch, trained
+student, teacher = trained(TinyDetector()), trained(TinyDetector((8, 16, 24)))
+distiller = fgd_hooks.Distiller(student, teacher, fgd_hooks.FGDConfig(every=1))
+images, boxes = batch()
+student(images)
+distiller(images, boxes).loss.backward()
+print("fine", sorted(set(fgd_hooks.__all__) - set(dir(fgd_hooks))))
+"""
+
+
+def test_the_core_needs_torch_alone():
+    done = subprocess.run([sys.executable, "-c", TORCH_ALONE], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "fine ['FGDCallback']", "the callback alone is imported on first use"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda f: f.stem)
+def test_every_recipe_builds(file):
+    from fgd_hooks import Distiller
+    from tests.tiny import TinyDetector, trained
+
+    config = load_config(file)
+    distiller = Distiller(trained(TinyDetector()), trained(TinyDetector((8, 16, 24))), config)
+    assert distiller.level_names == ["P3", "P4", "P5"]
+
+
+def test_configs_yolo_spells_out_the_defaults():
+    assert load_config(ROOT / "configs" / "yolo.yaml") == load_config()
+
+
+def test_the_readmes_table_of_settings_names_existing_keys_and_their_defaults():
+    text = (ROOT / "README.md").read_text()
+    table = text[text.index("| key | default | meaning |") :].split("\n\n")[0]
+    named = [key for row in table.splitlines()[2:] for key in re.findall(r"`([\w.]+)`", row.split("|")[1])]
+    section = ""
+    for key in named:
+        section = key.rpartition(".")[0] or section
+        full = f"{section}{key}" if key.startswith(".") else key
+        assert full in known_keys(), full
+
+
+def test_version_is_stated_once_more_in_setup_cfg():
+    import configparser
+
+    import fgd_hooks
+
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    assert parser["metadata"]["version"] == fgd_hooks.__version__
