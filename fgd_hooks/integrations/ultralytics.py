@@ -16,30 +16,19 @@ their optimizer, the balance) is kept in ``last.fgd.pt`` beside ``last.pt`` and 
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import logging
-import os
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fgd_hooks.config import FGDConfig, load_config
-from fgd_hooks.distiller import Distilled, Distiller
-from fgd_hooks.integrations.ultralytics_teacher import fast_dtype, load_teacher
-from fgd_hooks.masks import PackedBoxes
-from fgd_hooks.monitor import distillation_scalars, write_scalars
-from fgd_hooks.sidefile import read_side_file, write_side_file
-from fgd_hooks.taps import LiveHook, scrub, unwrap
+from fgd_hooks.distiller import Distiller
+from fgd_hooks.integrations.ultralytics_run import TrainingRun
+from fgd_hooks.integrations.ultralytics_teacher import load_teacher
 from fgd_hooks.teacher import check_apart, check_finite
 
-logger = logging.getLogger("ultralytics")  # the host's own console and log file
-
-SIDE_FILE = "last.fgd.pt"
 EVENTS = (
     "on_pretrain_routine_end",
     "on_train_epoch_start",
@@ -48,7 +37,6 @@ EVENTS = (
     "on_fit_epoch_end",
     "teardown",
 )
-_SHORT = {"foreground": "fg", "background": "bg", "attention": "att", "global": "glob"}
 
 
 class FGDCallback:
@@ -75,7 +63,7 @@ class FGDCallback:
         self.teacher = teacher
         self.config = load_config(load_config(config, overrides), settings)
         self._loaded: nn.Module | None = None
-        self._runs: weakref.WeakKeyDictionary[Any, _Run] = weakref.WeakKeyDictionary()
+        self._runs: weakref.WeakKeyDictionary[Any, TrainingRun] = weakref.WeakKeyDictionary()
 
     def attach(self, model: Any) -> FGDCallback:
         """Add this callback to a ``YOLO`` model (or a trainer); the following ``model.train()`` calls distil.
@@ -132,7 +120,7 @@ class FGDCallback:
         teacher, self._loaded = self._loaded, None
         if teacher is None:
             teacher = load_teacher(self.teacher, fuse=self.config.teacher.fuse)
-        run = _Run(trainer, teacher, self.config)
+        run = TrainingRun(trainer, teacher, self.config)
         self._runs[trainer] = run
         run.install()
 
@@ -156,222 +144,3 @@ class FGDCallback:
         """The training has ended, by itself or by an error."""
         if run := self._runs.pop(trainer, None):
             run.remove()
-
-
-class _BatchSeen(LiveHook):
-    def __init__(self, run: _Run) -> None:
-        self.run = run
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.run.batch_arrives(args[0] if args else None)
-
-
-class _LossAdded(LiveHook):
-    def __init__(self, run: _Run) -> None:
-        self.run = run
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return self.run.add_loss(output)
-
-
-class _Run:
-    """One training: the distiller, its optimizer, and the hooks on model and optimizer."""
-
-    def __init__(self, trainer: Any, teacher: nn.Module, config: FGDConfig) -> None:
-        self.trainer = weakref.proxy(trainer)
-        self.config = config
-        self.model: nn.Module = unwrap(trainer.model)
-        self.batch: dict[str, Any] | None = None
-        self.distilled: Distilled | None = None
-        self.task_loss: Tensor | None = None
-        self.gradient_norm = 0.0
-        self.ema_model = trainer.ema.ema if trainer.ema else None
-        self.handles: list[Any] = []
-        self.writer: Any = None
-        self.owns_writer = False
-        if getattr(trainer.args, "compile", False):
-            logger.warning("FGD: compile=True is not supported with distillation; the student runs uncompiled.")
-            trainer.args.compile = False
-            trainer.model = self.model
-        if config.teacher.dtype == "auto" and not trainer.amp:
-            config = copy.deepcopy(config)
-            config.teacher.dtype = fast_dtype(trainer.device)
-        with torch.random.fork_rng():
-            torch.manual_seed(trainer.args.seed)  # adapters start alike in every run of one seed, on every rank
-            self.distiller = Distiller(self.model, teacher.to(trainer.device), config)
-        self.distiller.taps.enabled = False
-        self.parallel: nn.Module = self.distiller
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # our parameters are outside the trainer's DDP; without one of their own the ranks would drift apart
-            self.parallel = nn.parallel.DistributedDataParallel(self.distiller, broadcast_buffers=False)
-        self.optimizer = torch.optim.AdamW(
-            self.distiller.parameters(), lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay
-        )
-
-    def install(self) -> None:
-        """Register the hooks, read the side file when resuming, open TensorBoard."""
-        trainer = self.trainer
-        try:
-            if trainer.resume:
-                self.resume()
-            self.handles = [
-                self.model.register_forward_pre_hook(_BatchSeen(self)),
-                self.model.register_forward_hook(_LossAdded(self)),
-                trainer.optimizer.register_step_post_hook(self.step),
-            ]
-            self.open_writer()
-        except BaseException:
-            self.remove()
-            raise
-        logger.info("FGD: %s", self.distiller.describe().replace("\n", "\nFGD: "))
-
-    def remove(self) -> None:
-        """Leave model, optimizer and teacher as they were found."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
-        self.distiller.detach()
-        self.batch = self.distilled = self.task_loss = None
-        if self.owns_writer and self.writer is not None:
-            self.writer.close()
-        self.writer = None
-
-    # the loss
-
-    def batch_arrives(self, batch: Any) -> None:
-        """Forward pre-hook of the model: remember a training batch and listen to the student's taps."""
-        self.batch = None
-        if isinstance(batch, dict) and self.model.training and torch.is_grad_enabled():
-            self.batch = batch
-            self.distiller.taps.enabled = True
-
-    def add_loss(self, output: Any) -> Any:
-        """Forward hook of the model: append the distillation loss to the loss vector and to its named items."""
-        batch, self.batch = self.batch, None
-        self.distiller.taps.enabled = False
-        if batch is None:
-            return None
-        loss, items = output
-        images = batch["img"]
-        distilled: Distilled = self.parallel(images, boxes_of(batch))
-        if self.distilled is None or not distilled.resting:
-            self.distilled = distilled  # a step that rests goes on showing the last one's parts
-        self.task_loss = loss.detach().sum()
-        # Ultralytics' loss is the sum over the images of a batch, its items are per image
-        extra = (distilled.loss * images.shape[0]).view(1).to(loss.dtype)
-        named = {f"fgd_{_SHORT.get(part, part)[:6]}": value for part, value in self.distilled.parts.items()}
-        return torch.cat([loss.view(-1), extra]), {**items, **named}
-
-    def step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """After a step of the student's optimizer (skipped by the scaler, it does not come here): step ours."""
-        scaler = self.trainer.scaler
-        scale = scaler.get_scale() if scaler.is_enabled() else 1.0
-        parameters = [p for p in self.distiller.parameters() if p.grad is not None]
-        if scale != 1.0:
-            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1.0 / scale)
-        norm = float(nn.utils.clip_grad_norm_(parameters, self.config.optimizer.clip))
-        self.gradient_norm = norm
-        if norm < float("inf"):  # neither infinite nor NaN
-            group = optimizer.param_groups[0]
-            factor = group["lr"] / group["initial_lr"] if group.get("initial_lr") else 1.0
-            for own in self.optimizer.param_groups:
-                own["lr"] = self.config.optimizer.lr * factor
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def begin_epoch(self) -> None:
-        """Set the schedule's clock, and mend what an out-of-memory retry or a NaN recovery left behind."""
-        trainer = self.trainer
-        self.distiller.set_epoch(trainer.epoch, trainer.epochs)
-        self.distiller.taps.clear()
-        self.batch = None
-        ema = trainer.ema.ema if trainer.ema else None
-        if ema is not None and ema is not self.ema_model:
-            # NaN recovery made the EMA anew, as a copy of the hooked model, and went back to the last checkpoint
-            scrub(ema)
-            self.ema_model = ema
-            with contextlib.suppress(FileNotFoundError):
-                self.load(trainer.wdir / SIDE_FILE)
-            self.optimizer.zero_grad()
-
-    # the side file
-
-    def save(self) -> None:
-        """Write the side file next to last.pt (rank 0)."""
-        content = {
-            "epoch": int(self.trainer.epoch),
-            "distiller": self.distiller.training_state(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-        try:
-            write_side_file(self.trainer.wdir / SIDE_FILE, content)
-        except OSError as error:
-            logger.warning("FGD: %s could not be written (%s); the training goes on.", SIDE_FILE, error)
-
-    def load(self, path: Path) -> int:
-        """Read a side file; returns its epoch."""
-        content = read_side_file(path)
-        self.distiller.load_training_state(content["distiller"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        return int(content["epoch"])
-
-    def resume(self) -> None:
-        """Go on from the side file next to the checkpoint that is resumed."""
-        path = Path(str(self.trainer.args.resume)).parent / SIDE_FILE
-        if not path.is_file():
-            logger.warning("FGD: there is no %s; adapters and balance start anew.", path)
-            return
-        epoch = self.load(path)
-        logger.info("FGD: adapters and balance go on from %s (epoch %d).", path, epoch + 1)
-        if epoch != self.trainer.start_epoch - 1:
-            logger.warning(
-                "FGD: %s is of epoch %d, the checkpoint of epoch %d.", path, epoch + 1, self.trainer.start_epoch
-            )
-
-    # TensorBoard
-
-    def open_writer(self) -> None:
-        """Use Ultralytics' writer where it has one, else one of our own in the same directory (rank 0 only)."""
-        if int(os.environ.get("RANK", -1)) > 0 or self.config.log_interval == 0:
-            return
-        from ultralytics.utils.callbacks import tensorboard
-
-        self.writer = getattr(tensorboard, "WRITER", None)
-        if self.writer is None:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                logger.warning("FGD: tensorboard is not installed; its scalars are not written.")
-                return
-            self.writer, self.owns_writer = SummaryWriter(str(self.trainer.save_dir)), True
-
-    def log_step(self) -> None:
-        """Write this step's scalars; the axis is the number of training steps."""
-        clock = self.distiller.clock
-        if self.writer is None or self.distilled is None or (clock.step - 1) % self.config.log_interval:
-            return
-        scalars = distillation_scalars(self.distiller, self.distilled)
-        scalars["fgd/adapter_gradient_norm"] = self.gradient_norm
-        scalars["fgd/task_loss"] = float(self.task_loss) if self.task_loss is not None else 0.0
-        write_scalars(self.writer, scalars, clock.step - 1)
-
-    def log_epoch(self) -> None:
-        """Write Ultralytics' own scalars of the epoch where it writes none itself; the axis is the epoch."""
-        trainer = self.trainer
-        if self.owns_writer and self.writer is not None and trainer.tloss is not None:
-            host = {**trainer.label_loss_items(trainer.tloss), **(trainer.metrics or {}), **trainer.lr}
-            write_scalars(self.writer, {name: float(value) for name, value in host.items()}, trainer.epoch + 1)
-
-
-def boxes_of(batch: Mapping[str, Tensor]) -> PackedBoxes:
-    """The pixel boxes of an Ultralytics training batch.
-
-    ``bboxes`` (n, 4) are centre x, centre y, width and height, as fractions of the network's input; ``batch_idx`` (n,)
-    is the image of each box. ``multi_scale`` resizes the images only, which fractions do not feel.
-    """
-    images = batch["img"]
-    height, width = int(images.shape[2]), int(images.shape[3])
-    centre, extent = batch["bboxes"].to(images.device).float()[:, :4].split(2, dim=1)
-    size = torch.tensor([width, height], dtype=torch.float32).to(images.device)
-    boxes = torch.cat([centre - extent / 2, centre + extent / 2], dim=1) * size.repeat(2)
-    return PackedBoxes.from_flat(boxes, batch["batch_idx"].to(images.device), images.shape[0], (height, width))

@@ -11,7 +11,7 @@ pytest.importorskip("ultralytics")
 
 from fgd_hooks import FGDCallback, TeacherError
 from fgd_hooks.config import ConfigError
-from fgd_hooks.integrations.ultralytics import SIDE_FILE, boxes_of
+from fgd_hooks.integrations.ultralytics_run import SIDE_FILE, TrainingRun, boxes_of
 from fgd_hooks.sidefile import read_side_file, write_side_file
 
 PARTS = ["fgd_fg", "fgd_bg", "fgd_att", "fgd_glob"]
@@ -262,7 +262,6 @@ def test_the_students_gradient_is_the_stock_one_plus_the_distillations(teacher_f
     from ultralytics.nn.tasks import DetectionModel
 
     from fgd_hooks.config import load_config
-    from fgd_hooks.integrations.ultralytics import _Run
     from fgd_hooks.integrations.ultralytics_teacher import load_teacher
 
     torch.manual_seed(0)
@@ -286,7 +285,7 @@ def test_the_students_gradient_is_the_stock_one_plus_the_distillations(teacher_f
 
     trainer = Trainer()
     trainer.model = model
-    run = _Run(
+    run = TrainingRun(
         trainer,
         load_teacher(teacher_file),
         load_config({"balance": {"mode": "fixed"}, "log_interval": 0, "weight": 50}),
