@@ -62,7 +62,7 @@ class Balance:
 
         The first two steps measure, so that a scale is never used unmeasured, and then every ``interval``-th.
         """
-        self._close()
+        self.close()
         if not self.measures:
             return False
         step, self._steps = self._steps, self._steps + 1
@@ -90,15 +90,23 @@ class Balance:
         return leaves
 
     @property
+    def unmeasured(self) -> list[int]:
+        """The levels that no measurement has reached yet, and that do not distil therefore."""
+        return [number for number, count in enumerate(self._measured.tolist()) if count == 0] if self.measures else []
+
+    @property
     def factors(self) -> Tensor:
         """(L,) the scales to use: 0 for a level that no measurement has reached yet."""
         return self.scales * (self._measured > 0) if self.measures else self.scales
 
-    def _close(self) -> None:
-        """Take the norms of the last measuring step; a level that no gradient has reached counts as 0."""
+    def close(self) -> None:
+        """Take the norms of the last measuring step; a level that no gradient has reached counts as 0.
+
+        The next step does this by itself. Under DDP all ranks must call it together.
+        """
         pending, self._pending = self._pending, []
-        if not any(pending):
-            return  # no backward pass came along
+        if not pending:
+            return
         zero = self.scales.new_zeros(())
         task, distillation = (
             torch.stack([record.get(key, zero) for record in pending]) for key in ("task", "distillation")
@@ -117,7 +125,7 @@ class Balance:
         """
         config = self.config
         task, distillation = task.to(self.scales), distillation.to(self.scales)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if _distributed():
             both = torch.stack([task, distillation]).square()
             torch.distributed.all_reduce(both)  # the ranks must agree on the scales
             task, distillation = both.sqrt()
@@ -137,7 +145,8 @@ class Balance:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs: plain tensors and numbers."""
-        self._close()
+        if not _distributed():  # one rank saves alone; there, close() comes before
+            self.close()
         state = {name: getattr(self, name).cpu() for name in ("scales", "ratios", "_measured")}
         return {**state, "_steps": self._steps}
 
@@ -145,15 +154,24 @@ class Balance:
         """Restore what :meth:`state_dict` gave.
 
         Raises:
-            ValueError: it is the state of another number of levels.
+            ValueError: it is damaged, or of another number of levels; nothing is changed then.
         """
-        if tuple(state["scales"].shape) != tuple(self.scales.shape):
-            raise ValueError(
-                f"The saved balance has {state['scales'].numel()} levels; this distillation has {self.scales.numel()}."
-            )
+        for name in ("scales", "ratios", "_measured"):
+            tensor = state.get(name)
+            if not isinstance(tensor, Tensor) or not isinstance(state.get("_steps"), int):
+                raise ValueError(f"The saved balance is damaged: {name} or its number of steps is missing.")
+            if tensor.shape != self.scales.shape:
+                raise ValueError(
+                    f"The saved balance has {tensor.numel()} levels; this distillation has {self.scales.numel()}."
+                )
         for name in ("scales", "ratios", "_measured"):
             setattr(self, name, state[name].to(self.scales.device).clone())
         self._steps = int(state["_steps"])
+        self._pending = []
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _norm_recorder(record: dict[str, Tensor], key: str) -> Any:

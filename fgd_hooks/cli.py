@@ -10,12 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from fgd_hooks.config import ConfigError, load_config
-from fgd_hooks.pyramid import Level, LevelPair, find_levels, pair_levels
+from fgd_hooks.distiller import NonFiniteError
+from fgd_hooks.evaldata import DataError
+from fgd_hooks.pyramid import Level, LevelPair, PairingError, find_levels, pair_levels
+from fgd_hooks.quickstart.processes import QuickstartError
 from fgd_hooks.registry import UnknownNameError, suggestion
+from fgd_hooks.sidefile import SideFileError
 from fgd_hooks.taps import TapError
+from fgd_hooks.teacher import TeacherError
 
-# DataError of fgd_hooks.evaldata and QuickstartError are among these by inheritance
-USER_ERRORS = (ValueError, TapError, UnknownNameError, FileNotFoundError)
+USER_ERRORS = (
+    ConfigError,
+    DataError,
+    FileNotFoundError,
+    NonFiniteError,
+    PairingError,
+    QuickstartError,
+    SideFileError,
+    TapError,
+    TeacherError,
+    UnknownNameError,
+)
 
 TRAIN_EPILOG = """\
 example:
@@ -151,7 +166,13 @@ def _levels(arguments: argparse.Namespace) -> None:
         first = next(module.parameters())
         channels = int(getattr(module, "yaml", {}).get("channels", 3))
         example = torch.zeros(1, channels, arguments.imgsz, arguments.imgsz, dtype=first.dtype, device=first.device)
-        pyramids.append(find_levels(module, example=example, role=name))
+        levels = find_levels(module, example=example, role=name)
+        if (
+            arguments.imgsz % max(level.stride for level in levels)
+            or levels[0].size[0] * levels[0].stride != arguments.imgsz
+        ):
+            raise ConfigError(f"--imgsz {arguments.imgsz} is no multiple of the largest stride of {name}; try 640.")
+        pyramids.append(levels)
     if arguments.teacher:
         pairs = pair_levels(pyramids[0], pyramids[1])
         _print_pairs(arguments.model, arguments.teacher, pyramids, pairs)

@@ -40,8 +40,33 @@ def _not_negative(key: str, value: float) -> None:
     _require(math.isfinite(value) and value >= 0, key, value, "a finite number, 0 or more")
 
 
+class _Section:
+    """Base of the configuration's dataclasses: types are checked first, then values."""
+
+    def __post_init__(self) -> None:
+        prefix = _SECTION_NAMES.get(type(self).__name__, "")
+        for name, kind in typing.get_type_hints(type(self)).items():
+            if not dataclasses.is_dataclass(kind):
+                _check_type(getattr(self, name), kind, prefix + name)
+            elif not isinstance(getattr(self, name), typing.cast(type, kind)):
+                raise ConfigError(f"{prefix}{name} is a section; found {getattr(self, name)!r}.")
+        self._check()
+
+    def _check(self) -> None:
+        """Raise ConfigError for an impossible value."""
+
+
+_SECTION_NAMES = {
+    "LossConfig": "loss.",
+    "BalanceConfig": "balance.",
+    "ScheduleConfig": "schedule.",
+    "TeacherConfig": "teacher.",
+    "OptimizerConfig": "optimizer.",
+}
+
+
 @dataclass
-class LossConfig:
+class LossConfig(_Section):
     """Which loss compares a student level with a teacher level, and its weights.
 
     Args:
@@ -57,7 +82,7 @@ class LossConfig:
 
 
 @dataclass
-class BalanceConfig:
+class BalanceConfig(_Section):
     """How strong the distillation is (see fgd_hooks/balance.py).
 
     Args:
@@ -81,7 +106,7 @@ class BalanceConfig:
     max_scale: float = 1e8
     max_change: float = 2.0
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _one_of("balance.mode", self.mode, ("gradient", "fixed"))
         _positive("balance.ratio", self.ratio)
         _require(0 <= self.momentum < 1, "balance.momentum", self.momentum, "a number from 0 to below 1")
@@ -98,15 +123,15 @@ class BalanceConfig:
 
 
 @dataclass
-class ScheduleConfig:
+class ScheduleConfig(_Section):
     """The weight over time (see fgd_hooks/schedule.py).
 
     Args:
         kind: "constant", "linear" or "cosine" decay from 1 to ``end``.
         warmup_steps: steps over which the weight rises from 0 at the start of the training.
         start_epoch: first epoch that distils; below 1, a fraction of the training.
-        stop_epoch: first epoch that no longer distils; below 1, a fraction of the training (never, where the loop does
-            not say how many epochs there are); null, never.
+        stop_epoch: first epoch that no longer distils; up to 1, a fraction of the training (without effect where the
+            loop does not say how many epochs there are); null, never.
         end: the factor at the end of a decay.
     """
 
@@ -116,20 +141,20 @@ class ScheduleConfig:
     stop_epoch: float | None = 0.7
     end: float = 0.0
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _one_of("schedule.kind", self.kind, ("constant", "linear", "cosine"))
         _not_negative("schedule.warmup_steps", self.warmup_steps)
         _not_negative("schedule.start_epoch", self.start_epoch)
         if self.stop_epoch is not None:
             _positive("schedule.stop_epoch", self.stop_epoch)
-            if (self.start_epoch < 1) == (self.stop_epoch < 1):
+            if (self.start_epoch < 1) == (self.stop_epoch <= 1):
                 expected = f"more than schedule.start_epoch ({self.start_epoch})"
                 _require(self.stop_epoch > self.start_epoch, "schedule.stop_epoch", self.stop_epoch, expected)
         _require(0 <= self.end <= 1, "schedule.end", self.end, "a number from 0 to 1")
 
 
 @dataclass
-class TeacherConfig:
+class TeacherConfig(_Section):
     """How the frozen teacher runs.
 
     Args:
@@ -143,12 +168,12 @@ class TeacherConfig:
     dtype: str = "auto"
     fuse: bool = True
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _one_of("teacher.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
 
 
 @dataclass
-class OptimizerConfig:
+class OptimizerConfig(_Section):
     """The optimiser of adapters and context blocks where an integration owns it (AdamW).
 
     Args:
@@ -161,14 +186,14 @@ class OptimizerConfig:
     weight_decay: float = 1e-4
     clip: float = 10.0
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _positive("optimizer.lr", self.lr)
         _not_negative("optimizer.weight_decay", self.weight_decay)
         _positive("optimizer.clip", self.clip)
 
 
 @dataclass
-class FGDConfig:
+class FGDConfig(_Section):
     """Everything about one distillation.
 
     Args:
@@ -198,7 +223,7 @@ class FGDConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _not_negative("weight", self.weight)
         _require(self.every >= 1, "every", self.every, "1 or more steps")
         for key in ("student_taps", "teacher_taps", "levels"):
@@ -233,26 +258,16 @@ def load_config(
         ConfigError: an unknown key, a wrong type or an impossible value; the message names the key, the place it came
             from and the nearest known key.
     """
-    if isinstance(config, FGDConfig) and not overrides:
-        return copy.deepcopy(config)
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    tree = OmegaConf.structured(FGDConfig)
+    merged: dict[str, Any] = {}
+    sources = []
     for source, values in (_from_config(config), _from_overrides(overrides)):
         _check_keys(values, source)
-        try:
-            tree = OmegaConf.merge(tree, values)
-        except OmegaConfBaseException as error:
-            key = getattr(error, "full_key", None) or "?"
-            raise ConfigError(f"{source}: {key}: {str(error).splitlines()[0]}") from error
-        except ConfigError as error:
-            raise ConfigError(f"{source}: {error}") from None
-    where = ", ".join(dict.fromkeys(s for s, v in (_from_config(config), _from_overrides(overrides)) if v))
+        _merge(merged, values)
+        sources += [source] if values else []
     try:
-        return typing.cast(FGDConfig, OmegaConf.to_object(tree))
+        return typing.cast(FGDConfig, _build(FGDConfig, merged))
     except ConfigError as error:
-        raise ConfigError(f"{where or 'configuration'}: {error}") from None
+        raise ConfigError(f"{', '.join(sources)}: {error}") from None
 
 
 def config_to_dict(config: FGDConfig) -> dict[str, Any]:
@@ -267,6 +282,26 @@ def save_config(config: FGDConfig, path: str | Path) -> None:
     Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(config_to_dict(config))), encoding="utf-8")
 
 
+def _build(schema: type, values: Mapping[str, Any]) -> Any:
+    """A dataclass from checked keys; absent ones take their defaults."""
+    hints = typing.get_type_hints(schema)
+    arguments = {
+        key: _build(hints[key], value) if dataclasses.is_dataclass(hints[key]) else copy.deepcopy(value)
+        for key, value in values.items()
+    }
+    return schema(**arguments)
+
+
+def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            section = into.setdefault(key, {})
+            if isinstance(section, dict):
+                _merge(section, value)
+                continue
+        into[key] = value
+
+
 def _from_config(config: FGDConfig | Mapping[str, Any] | str | Path | None) -> tuple[str, dict[str, Any]]:
     if config is None:
         return "defaults", {}
@@ -274,14 +309,12 @@ def _from_config(config: FGDConfig | Mapping[str, Any] | str | Path | None) -> t
         return "configuration", config_to_dict(config)
     if isinstance(config, Mapping):
         return "configuration", {str(key): value for key, value in config.items()}
-    import yaml
-
     path = Path(config)
     if not path.is_file():
         raise FileNotFoundError(f"The configuration file {str(path)!r} does not exist.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = _parse_yaml(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no valid YAML: {error}") from error
     if values is None:
         values = {}
@@ -290,24 +323,26 @@ def _from_config(config: FGDConfig | Mapping[str, Any] | str | Path | None) -> t
     return str(path), values
 
 
-def _from_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    import yaml
+def _parse_yaml(text: str) -> Any:
+    """Plain values from YAML as OmegaConf reads it: 1e-3 is a number, a key that is given twice is an error.
 
-    if isinstance(overrides, Mapping):
-        pairs = list(overrides.items())
-    else:
-        pairs = []
-        for text in overrides:
-            key, equals, value = text.partition("=")
-            if not equals or not key:
-                raise ConfigError(f"The override {text!r} cannot be read; expected key=value.")
-            # YAML 1.1 reads 1e-3 as text; numbers are what a user means there
-            try:
-                pairs.append((key, float(value) if "e" in value.lower() else yaml.safe_load(value)))
-            except ValueError:
-                pairs.append((key, yaml.safe_load(value)))
-            except yaml.YAMLError as error:
-                raise ConfigError(f"The override {text!r} cannot be read: {error}") from error
+    Raises:
+        ValueError: the text is no valid YAML.
+    """
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        # a list with the text as its one element, so that plain values are read as well
+        indented = "".join(f"  {line}\n" for line in text.splitlines()) or "  null\n"
+        return OmegaConf.to_container(OmegaConf.create(f"-\n{indented}"), resolve=False)[0]  # type: ignore[index]
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def _from_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    pairs = list(overrides.items()) if isinstance(overrides, Mapping) else [_key_value(text) for text in overrides]
     nested: dict[str, Any] = {}
     for key, value in pairs:
         *sections, last = str(key).split(".")
@@ -315,12 +350,24 @@ def _from_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> tuple[str, 
         for section in sections:
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
-                raise ConfigError(f"overrides: {key!r} and another override give the same key twice.")
+                raise ConfigError(f"overrides: {key} and another override give the same key twice.")
+        if last in place and not isinstance(overrides, Mapping):
+            raise ConfigError(f"overrides: {key} is given twice.")
         if isinstance(value, Mapping) and isinstance(place.get(last), dict):
             place[last].update(value)
         else:
             place[last] = dict(value) if isinstance(value, Mapping) else value
     return "overrides", nested
+
+
+def _key_value(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"The override {text!r} cannot be read; expected key=value.")
+    try:
+        return key, None if value.lower() == "none" else _parse_yaml(value)
+    except ValueError as error:
+        raise ConfigError(f"The override {text!r} cannot be read: {error}") from error
 
 
 def _check_keys(values: Mapping[str, Any], source: str, schema: type = FGDConfig, prefix: str = "") -> None:
@@ -335,9 +382,12 @@ def _check_keys(values: Mapping[str, Any], source: str, schema: type = FGDConfig
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{source}: {prefix}{key} is a section; found {value!r}.")
             _check_keys(value, source, typing.cast(type, kind), f"{prefix}{key}.")
-        elif not _fits(value, kind):
-            expected = str(kind) if isinstance(kind, types.UnionType) else getattr(kind, "__name__", str(kind))
-            raise ConfigError(f"{source}: {prefix}{key} is {value!r}; expected {expected}.")
+
+
+def _check_type(value: Any, kind: Any, key: str) -> None:
+    if not _fits(value, kind):
+        expected = str(kind) if isinstance(kind, types.UnionType) else getattr(kind, "__name__", str(kind))
+        raise ConfigError(f"{key} is {value!r}; expected {expected}.")
 
 
 def _fits(value: Any, kind: Any) -> bool:

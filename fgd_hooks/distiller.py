@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fgd_hooks.adapters import create_adapter
+from fgd_hooks.adapters import create_adapter, list_adapters
 from fgd_hooks.balance import Balance
 from fgd_hooks.config import ConfigError, FGDConfig, LossConfig, load_config
-from fgd_hooks.losses import PRESETS, LossResult, create_loss
+from fgd_hooks.losses import PRESETS, LossResult, create_loss, list_losses
 from fgd_hooks.masks import PackedBoxes, check_boxes
 from fgd_hooks.pyramid import Level, LevelPair, find_levels, pair_levels
 from fgd_hooks.registry import suggestion
@@ -79,7 +79,7 @@ class Distiller(nn.Module):
         TeacherError: the teacher is the student, shares its weights or holds NaN.
         TapError: a tap cannot be resolved, or no levels are found.
         PairingError: no level is common.
-        ConfigError: the configuration does not fit (unknown level or loss option).
+        ConfigError: the configuration does not fit (unknown adapter, loss, level or loss option).
         ValueError: an adapter or the level's sizes do not match.
     """
 
@@ -93,6 +93,7 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config = load_config(config)
+        check_names(config)
         student, teacher = unwrap(student), unwrap(teacher)
         check_apart(student, teacher)
         self.pairs = self._choose(
@@ -111,10 +112,10 @@ class Distiller(nn.Module):
         self.to(reference.device)
         self.balance = Balance(config.balance, len(self.pairs))
         self.clock = Clock()
-        self._finite = torch.ones((), dtype=torch.bool)
+        self._distilled_steps = 0
         self._bad_steps = torch.zeros(2, dtype=torch.long)  # in a row, in all
         for parameter in self.parameters():
-            parameter.register_hook(self._guard)
+            parameter.register_hook(_zero_unless_finite)
         self._teacher = FrozenTeacher(teacher, [pair.teacher.tap for pair in self.pairs], config.teacher)
         self.taps = FeatureTaps(student, [pair.student.tap for pair in self.pairs], role="student", grad_only=True)
 
@@ -130,23 +131,35 @@ class Distiller(nn.Module):
 
     def set_epoch(self, epoch: int, epochs: int | None = None) -> None:
         """Tell the schedule which epoch begins (from 0) and how many there will be."""
+        if epochs is not None and epochs != self.clock.epochs and self.config.weight > 0:
+            schedule, step = self.config.schedule, self.config.schedule.warmup_steps
+            if not any(schedule_factor(schedule, Clock(step, each, epochs)) for each in range(epochs)):
+                logger.warning(
+                    "No epoch of %d distils with schedule.start_epoch=%s and stop_epoch=%s.",
+                    epochs,
+                    schedule.start_epoch,
+                    schedule.stop_epoch,
+                )
         self.clock.epoch, self.clock.epochs = epoch, epochs
 
     def forward(
         self, images: Any, boxes: Sequence[Tensor] | PackedBoxes, *, canvas: tuple[int, int] | None = None
     ) -> Distilled:
-        """Distil the batch that the student has just seen.
+        """Distil the batch that the student has just seen. Without gradients (validation) it does nothing.
 
         Args:
             images: what the teacher is called with, usually the student's (N, 3, H, W) batch.
             boxes: ground truth of each image, a list of N float tensors (n_i, 4) of pixel x1 y1 x2 y2, or packed.
-            canvas: (h, w) in pixels that the feature maps cover; None: the size of ``images``.
+            canvas: (h, w) in pixels that the feature maps cover; None: the size of ``images``, which then is a tensor.
 
         Raises:
             TapError: a tap did not fire, or the student's feature takes no gradient.
             ValueError: boxes or features do not fit together.
             NonFiniteError: NaN or infinite for ``max_bad_steps`` steps in a row.
         """
+        if not torch.is_grad_enabled():
+            self.taps.clear()
+            return self._nothing()
         if self.clock.step == 0 and self.clock.epochs is None and 0 < (self.config.schedule.stop_epoch or 0) < 1:
             logger.warning(
                 "schedule.stop_epoch=%s is a fraction of the training: it takes effect once "
@@ -156,7 +169,7 @@ class Distiller(nn.Module):
         weight = self.config.weight * schedule_factor(self.config.schedule, self.clock)
         resting = weight != 0 and self.clock.step % self.config.every != 0
         self.clock.step += 1
-        if weight == 0 or resting or not torch.is_grad_enabled():
+        if weight == 0 or resting:
             self.taps.clear()
             return self._nothing(resting)
         features = self.taps.pop()
@@ -165,9 +178,14 @@ class Distiller(nn.Module):
         self._teacher.to(device)
         if not isinstance(boxes, PackedBoxes):
             if canvas is None:
+                if not isinstance(images, Tensor):
+                    raise ValueError(
+                        f"images is a {type(images).__name__}, so the size that the feature maps cover is not known: "
+                        "pass canvas=(h, w), the padded size in pixels, and boxes in pixels of it."
+                    )
                 canvas = (int(images.shape[-2]), int(images.shape[-1]))
-            if self.clock.step <= 3 or all(each.device.type == "cpu" for each in boxes):
-                check_boxes(boxes, canvas)  # a GPU waits for this check, so there it is made at the start only
+            if self._distilled_steps < 3:
+                check_boxes(boxes, canvas)  # mistakes of format and unit show at once; a GPU waits for this check
             boxes = PackedBoxes.from_list(boxes, canvas, device)
         if boxes.num_images != features[0].shape[0]:
             raise ValueError(
@@ -179,18 +197,22 @@ class Distiller(nn.Module):
         measuring = self.balance.next_step()
         if measuring:
             features = self.balance.observe(features, weight)
+        guard = _Guard()
         results = [
-            self._level(pair, feature, target, boxes)
+            self._level(pair, guard.watch(feature), target, boxes)
             for pair, feature, target in zip(self.pairs, features, taught, strict=True)
         ]
         scales = self.balance.scales if measuring else self.balance.factors
-        return self._assemble(results, scales * weight, weight, measuring)
+        distilled = self._assemble(results, scales * weight, guard)
+        distilled.weight, distilled.measured = weight, measuring
+        return distilled
 
     def _level(self, pair: LevelPair, student: Tensor, teacher: Tensor, boxes: PackedBoxes) -> LossResult:
-        if student.requires_grad:
-            student = student.view_as(student)
-            student.register_hook(self._guard)
-        adapted = self.adapters[pair.name](student)
+        adapter = self.adapters[pair.name]
+        own = next(adapter.parameters(), None)
+        if own is not None and not torch.is_autocast_enabled(student.device.type):
+            student = student.to(own.dtype)  # a student that ran under autocast, or in half precision
+        adapted = adapter(student)
         if adapted.shape[2:] != teacher.shape[2:]:
             if not self.config.resize:
                 raise ValueError(
@@ -201,48 +223,57 @@ class Distiller(nn.Module):
         result: LossResult = self.losses[pair.name](adapted, teacher, boxes)
         return result
 
-    def _assemble(self, results: list[LossResult], factors: Tensor, weight: float, measuring: bool) -> Distilled:
+    def _assemble(self, results: list[LossResult], factors: Tensor, guard: _Guard) -> Distilled:
         total = (torch.stack([result.loss for result in results]) * factors).sum()
-        self._finite = torch.isfinite(total.detach())
-        self._count_bad_step()
+        finite = guard.finite = torch.isfinite(total.detach())
+        zero = torch.zeros_like(finite, dtype=total.dtype)
+        self._count(finite)
         levels: dict[str, dict[str, Tensor]] = {}
         raw: dict[str, dict[str, Tensor]] = {}
         for number, (name, result) in enumerate(zip(self.level_names, results, strict=True)):
             raw[name] = {part: value.detach() for part, value in result.raw.items()}
-            levels[name] = {part: value.detach() * factors[number] for part, value in result.parts.items()}
+            levels[name] = {
+                part: torch.where(finite, value.detach() * factors[number], zero)
+                for part, value in result.parts.items()
+            }
         parts = {part: torch.stack([level[part] for level in levels.values()]).sum() for part in self.part_names}
-        loss = torch.where(self._finite, total, torch.zeros_like(total))
-        return Distilled(loss, parts, levels, raw, weight, measuring)
+        return Distilled(torch.where(finite, total, zero), parts, levels, raw, 0.0)
 
-    def _guard(self, gradient: Tensor) -> Tensor:
-        """Gradient hook: nothing flows from a loss that is not finite, without asking the device."""
-        return torch.where(self._finite, gradient, torch.zeros_like(gradient))
-
-    def _count_bad_step(self) -> None:
-        bad = (~self._finite).long()
+    def _count(self, finite: Tensor) -> None:
+        """Count steps that are not finite, and say what would otherwise fail in silence."""
+        self._distilled_steps += 1
+        bad = (~finite).long()
         self._bad_steps = torch.stack([(self._bad_steps[0].to(bad) + 1) * bad, self._bad_steps[1].to(bad) + bad])
+        if self._distilled_steps == self.config.balance.interval + 2 and self.balance.unmeasured:
+            names = ", ".join(self.level_names[number] for number in self.balance.unmeasured)
+            logger.warning(
+                "The balance could not measure %s yet, so these levels do not distil: call the distiller before the "
+                "backward pass of (task_loss + distilled.loss), and see that the task's loss depends on them.",
+                names,
+            )
         # reading the counter makes a GPU wait, so there it is read now and then only
-        if bad.device.type == "cpu" or self.clock.step % self.config.max_bad_steps == 0:
-            in_a_row, in_all = self._bad_steps.tolist()
-            if in_a_row == 1 and bad.device.type == "cpu":
-                logger.warning(
-                    "Step %d: the distillation loss is not finite; the step uses the task's loss alone (%d so far).",
-                    self.clock.step,
-                    in_all,
-                )
-            if in_a_row >= self.config.max_bad_steps:
-                raise NonFiniteError(
-                    f"The distillation loss was NaN or infinite for {in_a_row} steps in a row. Look at the teacher's "
-                    "features on your data, at the precision of the training (amp), and at the learning rate; "
-                    "max_bad_steps sets the number of steps that are tolerated."
-                )
+        if bad.device.type != "cpu" and self._distilled_steps % self.config.max_bad_steps:
+            return
+        in_a_row, in_all = self._bad_steps.tolist()
+        if in_a_row >= self.config.max_bad_steps:
+            raise NonFiniteError(
+                f"The distillation loss was NaN or infinite for {in_a_row} steps in a row. Look at the teacher's "
+                "features on your data, at the precision of the training (amp), and at the learning rate; "
+                "max_bad_steps sets the number of steps that are tolerated."
+            )
+        if in_a_row and (in_a_row == 1 or bad.device.type != "cpu"):
+            logger.warning(
+                "Step %d: the distillation loss is not finite; the step uses the task's loss alone (%d so far).",
+                self.clock.step,
+                in_all,
+            )
 
     @property
     def skipped_steps(self) -> int:
         """Steps so far whose distillation loss was not finite and was left out."""
         return int(self._bad_steps[1])
 
-    def _nothing(self, resting: bool) -> Distilled:
+    def _nothing(self, resting: bool = False) -> Distilled:
         """A step without distillation. Under DDP the parameters must take part in each step all the same."""
         device = next(self.parameters(), torch.empty(0)).device
         loss = torch.zeros((), device=device)
@@ -307,11 +338,17 @@ class Distiller(nn.Module):
                 )
         modules, own = state.get("modules"), self.state_dict()
         shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
-        if not isinstance(modules, Mapping) or {name: tuple(t.shape) for name, t in modules.items()} != shapes:
+        if (
+            not isinstance(modules, Mapping)
+            or not all(isinstance(tensor, Tensor) for tensor in modules.values())
+            or {name: tuple(tensor.shape) for name, tensor in modules.items()} != shapes
+            or not isinstance(state.get("step"), int)
+            or not isinstance(state.get("balance"), Mapping)
+        ):
             raise ValueError("The saved state does not hold the tensors of these adapters and losses; remove the file.")
         self.balance.load_state_dict(state["balance"])
         self.load_state_dict(dict(modules))
-        self.clock.step = int(state["step"])
+        self.clock.step = state["step"]
 
     def describe(self) -> str:
         """One line per level: what is distilled into what, and the trained parameters."""
@@ -335,6 +372,52 @@ class Distiller(nn.Module):
         self.detach()
 
 
+class _Guard:
+    """Keeps the gradient of a step's loss away from the student when that loss is not finite.
+
+    The flag stays on the device: no step waits for it.
+    """
+
+    def __init__(self) -> None:
+        self.finite: Tensor | None = None
+
+    def watch(self, feature: Tensor) -> Tensor:
+        """The same feature (N, C, H, W), with the guard on the way back."""
+        if not feature.requires_grad:
+            return feature
+        feature = feature.view_as(feature)
+        feature.register_hook(self)
+        return feature
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        if self.finite is None:
+            return gradient
+        return torch.where(self.finite, gradient, torch.zeros_like(gradient))
+
+
+def _zero_unless_finite(gradient: Tensor | None) -> Tensor | None:
+    """Gradient hook of adapters and context blocks (None for one whose part has the weight 0)."""
+    if gradient is None:
+        return None
+    return torch.where(torch.isfinite(gradient).all(), gradient, torch.zeros_like(gradient))
+
+
+def check_names(config: FGDConfig) -> None:
+    """Refuse a configuration that names an adapter, a loss or a preset that does not exist.
+
+    Raises:
+        ConfigError: names the nearest one.
+    """
+    known = {"adapter": ["auto", *list_adapters()], "loss.name": list_losses(), "loss.preset": list(PRESETS)}
+    for key, name in (
+        ("adapter", config.adapter),
+        ("loss.name", config.loss.name),
+        ("loss.preset", config.loss.preset),
+    ):
+        if name not in known[key]:
+            raise ConfigError(f"{key} is {name!r}. {suggestion(name, known[key])}")
+
+
 def signature(pair: LevelPair) -> str:
     """What must be equal for a level's state to fit: name, stride and channels."""
 
@@ -348,13 +431,10 @@ def build_loss(config: LossConfig, channels: int) -> nn.Module:
     """The loss of one level.
 
     Raises:
-        UnknownNameError: no loss has that name.
-        ConfigError: the preset or an option does not exist, or a value is impossible.
+        ConfigError: an option does not exist, or a value is impossible.
     """
     options = dict(config.options)
     if config.name == "fgd":
-        if config.preset not in PRESETS:
-            raise ConfigError(f"loss.preset is {config.preset!r}. {suggestion(config.preset, PRESETS)}")
         options = {**PRESETS[config.preset], **options}
     try:
         loss: nn.Module = create_loss(config.name, channels=channels, **options)

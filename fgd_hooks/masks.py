@@ -18,8 +18,6 @@ from torch import Tensor
 Canvas = Sequence[float] | Sequence[Sequence[float]] | Tensor
 """The image area in pixels that a feature map covers: one ``(h, w)`` for all images, or one per image."""
 
-Boxes = "Sequence[Tensor] | PackedBoxes"
-
 # Largest (boxes x cells) product held at once: 4 MiB of float32 stays in a CPU's cache; a GPU wants fewer launches.
 _CPU_CHUNK = 1 << 20
 _GPU_CHUNK = 1 << 25
@@ -73,19 +71,10 @@ class PackedBoxes:
         owner = [i for i, count in enumerate(counts) for _ in range(count)]
         flat = [of_image.detach().float() for of_image in boxes if of_image.numel()]
         packed = torch.cat(flat) if flat else torch.zeros(0, 4)
-        if packed.device.type == "cpu" and bool(packed.isnan().any()):
-            row = int(packed.isnan().any(1).nonzero()[0])
-            image = owner[row]
-            raise ValueError(
-                f"Image {image}, box {row - sum(counts[:image])} has NaN coordinates: {packed[row].tolist()}. "
-                "Remove such boxes from the targets, or find what made them."
-            )
-        return cls.from_flat(
-            _to_device(packed, device),
-            _to_device(torch.tensor(owner, dtype=torch.long), device),
-            len(boxes),
-            canvas,
-        )
+        image = torch.tensor(owner, dtype=torch.long)
+        if packed.device.type == "cpu":
+            return cls.from_flat(packed, image, len(boxes), canvas).to(device)
+        return cls.from_flat(packed, _to_device(image, packed.device), len(boxes), canvas).to(device)
 
     @classmethod
     def from_flat(cls, boxes: Tensor, image_index: Tensor, num_images: int, canvas: Canvas) -> PackedBoxes:
@@ -108,6 +97,13 @@ class PackedBoxes:
         if image.device.type == "cpu" and len(image) and not 0 <= int(image.min()) <= int(image.max()) < num_images:
             raise ValueError(
                 f"image_index must lie in 0..{num_images - 1}, found {int(image.min())}..{int(image.max())}."
+            )
+        if boxes.device.type == "cpu" and bool(boxes.isnan().any()):
+            row = int(boxes.isnan().any(1).nonzero()[0])
+            of_image = int(image[row])
+            raise ValueError(
+                f"Image {of_image}, box {int((image[:row] == of_image).sum())} has NaN coordinates: "
+                f"{boxes[row].tolist()}. Remove such boxes from the targets, or find what made them."
             )
         sizes = _canvas_tensor(canvas, num_images, boxes.device)
         # (h, w) becomes (w, h, w, h), the order of x1 y1 x2 y2.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fgd_hooks.taps import FeatureTaps, Tap, TapError, expand_taps, run_until_tapped, unwrap
+from fgd_hooks.taps import FeatureTaps, Tap, TapError, expand_taps, first_argument, run_until_tapped, unwrap
 
 logger = logging.getLogger("fgd_hooks")
 
@@ -64,6 +66,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """
     modules = list(model.modules())
     saved = [dict(vars(module)) for module in modules]
+    python_random, numpy = random.getstate(), sys.modules.get("numpy")
+    numpy_random = numpy.random.get_state() if numpy else None
     devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=[d.index for d in devices]), torch.no_grad():
@@ -74,6 +78,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for module, attributes in zip(modules, saved, strict=True):
             vars(module).clear()
             vars(module).update(attributes)
+        random.setstate(python_random)
+        if numpy:
+            numpy.random.set_state(numpy_random)
 
 
 def probe_input(model: nn.Module, size: int = PROBE_SIZE) -> Tensor:
@@ -148,14 +155,13 @@ def _observe(model: nn.Module, example: Any, see: Callable[[Tap, Any], None]) ->
     """Run the model and show each module's input and output to ``see``; the error that ended the pass, if any."""
     names = {module: name for name, module in model.named_modules()}
 
-    def pre(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args:
-            see(Tap(names[module], "input"), args[0])
+    def pre(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see(Tap(names[module], "input"), first_argument(args, kwargs))
 
     def post(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         see(Tap(names[module]), output)
 
-    handles = [module.register_forward_pre_hook(pre) for module in names]
+    handles = [module.register_forward_pre_hook(pre, with_kwargs=True) for module in names]
     handles += [module.register_forward_hook(post) for module in names]
     try:
         model(example)
@@ -196,13 +202,21 @@ def _find_head_inputs(model: nn.Module, example: Any, role: str) -> list[tuple[T
 def _expand_collections(model: nn.Module, taps: list[Tap], example: Any) -> list[Tap]:
     """Replace each tap that holds a list or dict of maps by one tap for each of its maps."""
     found: dict[Tap, list[Tap]] = {tap: [tap] for tap in taps}
+    calls = dict.fromkeys(found, 0)
 
     def see(tap: Tap, value: Any) -> None:
         if tap in found:
+            calls[tap] += 1
             maps = _collection(value)
             found[tap] = [replace(tap, index=(key,)) for key, _ in maps] if maps else [tap]
 
     _observe(model, example, see)  # a failure that matters comes again, and is told, in the real probe
+    for tap, count in calls.items():
+        if count > 1:
+            raise TapError(
+                f"The module of the tap {tap} runs {count} times in one forward pass (shared by several levels?), so "
+                "it is not clear which of its maps is meant. Name a module that runs once."
+            )
     return [each for tap in taps for each in found[tap]]
 
 

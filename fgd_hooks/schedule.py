@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import typing
 from dataclasses import dataclass
 
 from fgd_hooks.config import ScheduleConfig
@@ -40,18 +41,18 @@ def schedule_factor(config: ScheduleConfig, clock: Clock) -> float:
             f"schedule.start_epoch is the fraction {config.start_epoch} of the training, whose number of epochs is not "
             "known: call distiller.set_epoch(epoch, epochs) at the start of each epoch, or give a number of epochs."
         )
-    end = None if config.stop_epoch is None else _epoch(config.stop_epoch, clock)
-    if clock.epoch < start or (end is not None and clock.epoch >= end):
+    whole = config.stop_epoch is None or config.stop_epoch == 1
+    end = clock.epochs if whole else _epoch(typing.cast(float, config.stop_epoch), clock)
+    if clock.epoch < start or (end is not None and not whole and clock.epoch >= end):
         return 0.0
-    stop = clock.epochs if end is None else end
     factor = 1.0
     if config.kind != "constant":
-        if stop is None:
+        if end is None:
             raise ValueError(
                 f"The schedule {config.kind!r} needs to know how many epochs there are: call "
                 "distiller.set_epoch(epoch, epochs) at the start of each epoch, or set schedule.stop_epoch."
             )
-        progress = (clock.epoch - start) / max(1, stop - start)
+        progress = (clock.epoch - start) / max(1, end - start)
         shape = 1 - progress if config.kind == "linear" else (1 + math.cos(math.pi * progress)) / 2
         factor = config.end + (1 - config.end) * shape
     if config.warmup_steps and clock.step < config.warmup_steps:

@@ -46,7 +46,7 @@ class Tap:
 
     Args:
         module: name as in ``model.named_modules()``; empty for the model itself.
-        io: ``"output"`` of the module, or its first positional ``"input"``.
+        io: ``"output"`` of the module, or its first ``"input"`` (the first keyword argument where it has no other).
         index: keys into nested lists, tuples or dicts, outermost first.
     """
 
@@ -121,6 +121,11 @@ def describe(value: object) -> str:
     return f"an object of type {type(value).__name__}"
 
 
+def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a module is called with: its first positional argument, else its first keyword argument, else None."""
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
 class LiveHook:
     """Base of every hook that this library registers: a copy of it does nothing.
 
@@ -140,6 +145,7 @@ def scrub(model: nn.Module) -> int:
             for key, hook in list(hooks.items()):
                 if isinstance(getattr(hook, "__self__", None), contextlib.nullcontext):
                     del hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
                     removed += 1
     return removed
 
@@ -152,16 +158,10 @@ class _Hook(LiveHook):
         self.members = members
         self.io = io
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
-        """Called by torch as a forward pre-hook (without an output) or as a forward hook."""
-        if not self.owner.listening:
-            return
-        if self.io == "output":
-            self.owner._capture(self.members, output)
-        elif args:
-            self.owner._capture(self.members, args[0])
-        else:
-            self.owner._complain(self.members[0], "its module was called without positional arguments")
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], value: Any) -> None:
+        """Called by torch as a forward pre-hook (``value``: keyword arguments) or as a forward hook (the output)."""
+        if self.owner.listening:
+            self.owner._capture(self.members, value if self.io == "output" else first_argument(args, value))
 
 
 class FeatureTaps:
@@ -197,8 +197,10 @@ class FeatureTaps:
             groups.setdefault((tap.module, tap.io), []).append(position)
         for (name, io), members in groups.items():
             hook = _Hook(self, members, io)
-            register = modules[name].register_forward_pre_hook if io == "input" else modules[name].register_forward_hook
-            self._handles.append(register(hook))
+            if io == "input":
+                self._handles.append(modules[name].register_forward_pre_hook(hook, with_kwargs=True))
+            else:
+                self._handles.append(modules[name].register_forward_hook(hook))
 
     @property
     def listening(self) -> bool:

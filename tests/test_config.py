@@ -84,8 +84,34 @@ def test_missing_file():
         load_config("nowhere.yaml")
 
 
-def test_numbers_in_scientific_notation():
+def test_numbers_in_scientific_notation(tmp_path):
     assert load_config(None, ["balance.min_scale=1e-3"]).balance.min_scale == 1e-3
+    assert load_config(None, ["loss.options={alpha: 1e-3}"]).loss.options == {"alpha": 1e-3}
+    file = tmp_path / "fgd.yaml"
+    file.write_text("balance: {min_scale: 1e-3}\nloss:\n  options:\n    alpha: 2e-3\n")
+    assert load_config(file).balance.min_scale == 1e-3
+    assert load_config(file).loss.options == {"alpha": 2e-3}
+    assert load_config(None, ["adapter=1e5x"]).adapter == "1e5x"
+
+
+def test_none_and_null_in_overrides():
+    for text in ("None", "none", "null"):
+        assert load_config(None, [f"schedule.stop_epoch={text}"]).schedule.stop_epoch is None
+
+
+def test_a_key_given_twice():
+    with pytest.raises(ConfigError, match="twice"):
+        load_config(None, ["weight=1", "weight=2"])
+
+
+def test_types_are_checked_in_python_and_after_a_change():
+    for wrong in ({"every": 1.5}, {"levels": "P3"}, {"weight": "much"}, {"balance": {"ratio": 1}}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            FGDConfig(**wrong)
+    config = FGDConfig()
+    config.balance.ratio = -1.0
+    with pytest.raises(ConfigError, match=r"balance\.ratio"):
+        load_config(config)
 
 
 def test_a_loaded_configuration_is_a_copy():

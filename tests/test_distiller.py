@@ -20,6 +20,7 @@ from fgd_hooks import (
 )
 from fgd_hooks.distiller import NonFiniteError
 from fgd_hooks.losses import LOSSES, FeatureLoss, LossResult
+from fgd_hooks.teacher import FrozenTeacher
 from tests.tiny import TinyDetector, batch, trained
 
 FIXED = {"balance": {"mode": "fixed"}}
@@ -216,6 +217,74 @@ def test_detach_leaves_both_models_as_found(models):
             assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("option", ["alpha", "beta", "gamma", "lambda_"])
+def test_a_part_can_be_switched_off(models, option):
+    student, teacher = models
+    distiller = Distiller(student, teacher, {**FIXED, "loss": {"options": {option: 0.0}}})
+    images, boxes = batch()
+    student(images)
+    result = distiller(images, boxes)
+    result.loss.backward()
+    parts = dict(zip(("alpha", "beta", "gamma", "lambda_"), result.parts.values(), strict=True))
+    assert [name for name, value in parts.items() if value == 0] == [option]
+    assert student.stem[0].weight.grad.abs().sum() > 0
+
+
+def test_a_student_under_autocast(models):
+    student, teacher = models
+    distiller = Distiller(student, teacher, FIXED)
+    images, boxes = batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = task_loss(student, images)
+    result = distiller(images, boxes)
+    (loss + result.loss).backward()
+    assert torch.isfinite(student.stem[0].weight.grad).all()
+    assert result.loss > 0
+
+
+def test_a_list_of_images_needs_the_canvas(models):
+    student, _ = models
+
+    class TakesList(TinyDetector):
+        def forward(self, images):
+            return super().forward(torch.stack(list(images)))
+
+    distiller = Distiller(student, trained(TakesList()), FIXED)
+    images, boxes = batch()
+    student(images)
+    with pytest.raises(ValueError, match=r"canvas=\(h, w\)"):
+        distiller(list(images), boxes)
+    student(images)
+    assert distiller(list(images), boxes, canvas=(64, 64)).loss > 0
+
+
+def test_validation_does_not_count(models):
+    student, teacher = models
+    distiller = Distiller(student, teacher, FIXED)
+    images, boxes = batch()
+    with torch.no_grad():
+        student(images)
+        assert distiller(images, boxes).loss == 0
+    assert distiller.clock.step == 0
+
+
+def test_levels_that_are_never_measured_are_said(models, caplog):
+    student, teacher = models
+    distiller = Distiller(student, teacher, {"balance": {"interval": 2}})
+    images, boxes = batch()
+    for _ in range(4):
+        loss = task_loss(student, images)
+        loss.backward(retain_graph=True)  # before the distiller was called: it cannot see this gradient
+        distiller(images, boxes).loss.backward()
+    assert "could not measure P3, P4, P5" in caplog.text
+
+
+def test_a_schedule_without_any_epoch_is_said(models, caplog):
+    distiller = Distiller(*models, {"schedule": {"start_epoch": 5, "stop_epoch": 0.7}})
+    distiller.set_epoch(0, 6)
+    assert "No epoch of 6 distils" in caplog.text
+
+
 def test_the_teacher_is_freed_with_the_distiller(models):
     student, teacher = models
     distiller = Distiller(student, teacher)
@@ -223,12 +292,11 @@ def test_the_teacher_is_freed_with_the_distiller(models):
     student(images)
     distiller(images, boxes)
     distiller.detach()
-    alive = weakref.ref(teacher)
-    del distiller, teacher, models
+    alive = weakref.ref(distiller._teacher)
+    del distiller
     gc.collect()
-    held = [r for r in gc.get_referrers(alive()) if not isinstance(r, tuple)] if alive() is not None else []
-    # the fixture itself still holds the pair of models in a tuple
-    assert all("Distiller" not in type(r).__name__ for r in held)
+    assert alive() is None
+    assert not any(isinstance(each, FrozenTeacher) for each in gc.get_referrers(teacher))
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
@@ -410,8 +478,10 @@ def test_options_of_the_loss(models):
         Distiller(*models, {"loss": {"options": {"temperature": -1.0}}})
     with pytest.raises(ConfigError, match="anchor_based"):
         Distiller(*models, {"loss": {"preset": "anchor_bsed"}})
-    with pytest.raises(KeyError, match="imitation"):
+    with pytest.raises(ConfigError, match="imitation"):
         Distiller(*models, {"loss": {"name": "imitatoin"}})
+    with pytest.raises(ConfigError, match="conv1x1"):
+        Distiller(*models, {"adapter": "conv1"})
 
 
 def test_presets_reach_the_loss(models):
@@ -478,6 +548,33 @@ def test_a_loss_that_is_not_finite_is_left_out(models):
             distiller(poison, boxes)
 
 
+def test_one_bad_step_of_two_before_a_backward_pass(models):
+    student, teacher = models
+    distiller = Distiller(student, teacher, FIXED)
+    images, boxes = batch()
+    poison = torch.full_like(images, float("nan"))
+    student(images)
+    distiller(images, boxes).loss.backward()
+    good = student.stem[0].weight.grad.clone()
+    for order in ((images, poison), (poison, images)):
+        student.zero_grad()
+        losses = []
+        for seen in order:
+            student(images)
+            losses.append(distiller(seen, boxes).loss)
+        sum(losses).backward()
+        torch.testing.assert_close(student.stem[0].weight.grad, good)
+
+
+def test_parts_of_a_bad_step_are_zero(models):
+    student, teacher = models
+    distiller = Distiller(student, teacher, FIXED)
+    images, boxes = batch()
+    student(images)
+    result = distiller(torch.full_like(images, float("nan")), boxes)
+    assert all(value == 0 for value in result.parts.values())
+
+
 # state
 
 
@@ -518,6 +615,8 @@ def test_a_state_of_another_architecture_is_refused_and_changes_nothing(models):
         lambda s: s["modules"].popitem(),
         lambda s: s.update(modules=None),
         lambda s: s.update(adapter="mlp"),
+        lambda s: s.pop("step"),
+        lambda s: s["balance"].pop("ratios"),
     ):
         state = copy.deepcopy(before)
         damage(state)

@@ -49,12 +49,21 @@ def test_configs_yolo_spells_out_the_defaults():
 def test_the_readmes_table_of_settings_names_existing_keys_and_their_defaults():
     text = (ROOT / "README.md").read_text()
     table = text[text.index("| key | default | meaning |") :].split("\n\n")[0]
-    named = [key for row in table.splitlines()[2:] for key in re.findall(r"`([\w.]+)`", row.split("|")[1])]
-    section = ""
-    for key in named:
-        section = key.rpartition(".")[0] or section
-        full = f"{section}{key}" if key.startswith(".") else key
-        assert full in known_keys(), full
+    section, compared = "", 0
+    for row in table.splitlines()[2:]:
+        keys, defaults = re.findall(r"`([\w.]+)`", row.split("|")[1]), row.split("|")[2].split(",")
+        for number, key in enumerate(keys):
+            section = key.rpartition(".")[0] or section
+            full = f"{section}{key}" if key.startswith(".") else key
+            assert full in known_keys(), full
+            if len(keys) == len(defaults):
+                value = load_config()
+                for name in full.split("."):
+                    value = getattr(value, name)
+                stated = {"true": True, "false": False}.get(defaults[number].strip(), defaults[number].strip())
+                assert value == (float(stated) if isinstance(value, float) else type(value)(stated)), full
+                compared += 1
+    assert compared >= 10
 
 
 def test_version_is_stated_once_more_in_setup_cfg():

@@ -1,6 +1,8 @@
 import copy
 import logging
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -37,6 +39,28 @@ def test_outputs_serve_where_no_module_receives_levels():
     ]
 
 
+def test_a_head_that_is_called_by_keyword():
+    class ByKeyword(TinyDetector):
+        def forward(self, images):
+            features = [self.stem(images)]
+            for stage in self.stages:
+                features.append(stage(features[-1]))
+            return self.head(features=self.neck(features))
+
+    levels = find_levels(ByKeyword((8, 12, 16)))
+    assert [level.tap for level in levels] == [Tap("head", "input", (i,)) for i in range(3)]
+
+
+def test_a_module_that_runs_once_per_level_is_no_tap():
+    class Shared(TinyDetector):
+        def __init__(self):
+            super().__init__((8, 8, 8))
+            self.neck.out[1] = self.neck.out[2] = self.neck.out[0]
+
+    with pytest.raises(TapError, match=r"neck\.out\.0 runs 3 times"):
+        find_levels(Shared(), ["neck.out.0"])
+
+
 def test_named_taps_globs_and_collections():
     model = TinyDetector()
     assert [level.stride for level in find_levels(model, ["neck.out.*"])] == [8, 16, 32]
@@ -61,7 +85,9 @@ def test_a_probe_that_fails_is_told():
 def test_the_probe_leaves_no_trace():
     class Caching(TinyDetector):
         def forward(self, images):
-            self.anchors = torch.rand(3)  # a head that caches, and a use of the global random state
+            self.anchors = torch.rand(3)  # a head that caches, and a use of the global random states
+            random.random()
+            np.random.rand()
             return super().forward(images)
 
     model = trained(Caching())
@@ -73,11 +99,13 @@ def test_the_probe_leaves_no_trace():
     gradients = [p.grad.clone() for p in model.parameters()]
     model.anchors = anchors
     model.load_state_dict(before_state)
-    random_state = torch.get_rng_state()
+    random_state, python_state, numpy_state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
 
     find_levels(model)
 
     assert torch.equal(torch.get_rng_state(), random_state)
+    assert random.getstate() == python_state
+    assert (np.random.get_state()[1] == numpy_state).all()
     assert [m.training for m in model.modules()] == before_modes
     assert model.anchors is anchors
     assert all(torch.equal(value, before_state[key]) for key, value in model.state_dict().items())

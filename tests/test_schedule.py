@@ -30,6 +30,11 @@ def test_start_and_stop_in_epochs_and_in_fractions():
     assert curve(ScheduleConfig(start_epoch=0.2, stop_epoch=0.5)) == [0, 0, 1, 1, 1, 0, 0, 0, 0, 0]
 
 
+def test_a_stop_of_one_is_the_whole_training():
+    assert curve(ScheduleConfig(stop_epoch=1.0)) == [1] * 10
+    assert curve(ScheduleConfig(kind="linear", stop_epoch=1.0)) == pytest.approx([1 - e / 10 for e in range(10)])
+
+
 def test_decay_ends_at_the_stop_epoch():
     factors = curve(ScheduleConfig(kind="linear", start_epoch=2, stop_epoch=6))
     assert factors == pytest.approx([0, 0, 1, 0.75, 0.5, 0.25, 0, 0, 0, 0])

@@ -29,9 +29,7 @@ def read_coco(file: Path, images: str | Path | None) -> EvalData:
     folder = _coco_folder(file, [str(image["file_name"]) for image in content["images"]], images)
     boxes: dict[int, list[dict[str, Any]]] = {int(image["id"]): [] for image in content["images"]}
     if len(boxes) != len(content["images"]):
-        raise DataError(
-            f"{file}: {len(content['images'])} images share {len(boxes)} ids; every image needs its own id"
-        )
+        raise DataError(f"{file}: {len(content['images'])} images share {len(boxes)} ids; every image needs its own id")
     for annotation in content["annotations"]:
         if annotation["image_id"] not in boxes:
             raise DataError(

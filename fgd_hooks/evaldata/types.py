@@ -58,7 +58,7 @@ class EvalData:
 
 
 class DataError(ValueError):
-    """Data that cannot be evaluated; the message names the file, what is there, what was expected and how to mend it."""
+    """Data that cannot be evaluated; the message names the file, what is there, what was expected and what to do."""
 
 
 def true_image(
@@ -84,7 +84,7 @@ def image_size(file: Path) -> tuple[int, int]:
         with Image.open(file) as image:
             width, height = image.size
             turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-    except OSError as error:
+    except (OSError, ImportError) as error:  # ImportError: Ultralytics lets Pillow look for a HEIF reader
         raise DataError(f"{file} cannot be read as an image: {error}") from error
     return (height, width) if turned else (width, height)
 

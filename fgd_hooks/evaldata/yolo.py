@@ -11,7 +11,9 @@ import yaml
 
 from fgd_hooks.evaldata.types import DataError, EvalData, Floats, TrueImage, image_size, true_image
 
-_IMAGE_SUFFIXES = frozenset(".avif .bmp .dng .heic .jp2 .jpeg .jpg .mpo .png .tif .tiff .webp".split())
+_IMAGE_SUFFIXES = frozenset(
+    (".avif", ".bmp", ".dng", ".heic", ".jp2", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp")
+)
 _TOLERANCE = 0.01  # how far a normalised coordinate may lie outside 0..1, as in Ultralytics
 
 
@@ -28,9 +30,7 @@ def read_yolo(file: Path, split: str) -> EvalData:
         split = "validation"
     if not content.get(split):
         present = [k for k in ("train", "val", "test", "minival") if content.get(k)]
-        raise DataError(
-            f"{file} has no split '{split}'; it has {present}. Choose one of them or add '{split}: FOLDER'"
-        )
+        raise DataError(f"{file} has no split '{split}'; it has {present}. Choose one of them or add '{split}: FOLDER'")
     files = _image_files(_split_paths(file, content, split))
     if not files:
         raise FileNotFoundError(
@@ -71,13 +71,14 @@ def _split_paths(file: Path, content: dict[str, Any], split: str) -> list[Path]:
     """
     entries = content[split] if isinstance(content[split], list) else [content[split]]
     root = Path(str(content.get("path") or ""))
-    bases = [root] if root.is_absolute() else [file.resolve().parent / root, Path.cwd() / root]
-    if not root.is_absolute() and content.get("path"):
-        bases.append(_ultralytics_datasets() / root)
-    for base in bases:
-        found = [base / str(entry) for entry in entries]
+    bases = []
+    for find in (lambda: file.resolve().parent, Path.cwd, _ultralytics_datasets):
+        bases.append(find() / root)  # where root is absolute, it alone counts
+        found = [bases[-1] / str(entry) for entry in entries]
         if all(path.exists() for path in found):
             return found
+        if root.is_absolute():
+            break
     tried = ", ".join(str(base / str(entries[0])) for base in bases)
     hint = (
         "; the yaml has a 'download' entry: run Ultralytics once on it to fetch the data"

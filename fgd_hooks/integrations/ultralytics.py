@@ -24,7 +24,7 @@ from typing import Any
 from torch import nn
 
 from fgd_hooks.config import FGDConfig, load_config
-from fgd_hooks.distiller import Distiller
+from fgd_hooks.distiller import Distiller, check_names
 from fgd_hooks.integrations.ultralytics_run import TrainingRun
 from fgd_hooks.integrations.ultralytics_teacher import load_teacher
 from fgd_hooks.teacher import check_apart, check_finite
@@ -33,6 +33,7 @@ EVENTS = (
     "on_pretrain_routine_end",
     "on_train_epoch_start",
     "on_train_batch_end",
+    "on_train_epoch_end",
     "on_model_save",
     "on_fit_epoch_end",
     "teardown",
@@ -62,6 +63,7 @@ class FGDCallback:
     ) -> None:
         self.teacher = teacher
         self.config = load_config(load_config(config, overrides), settings)
+        check_names(self.config)
         self._loaded: nn.Module | None = None
         self._runs: weakref.WeakKeyDictionary[Any, TrainingRun] = weakref.WeakKeyDictionary()
 
@@ -130,7 +132,11 @@ class FGDCallback:
 
     def _on_train_batch_end(self, trainer: Any) -> None:
         if run := self._runs.get(trainer):
-            run.log_step()
+            run.end_batch()
+
+    def _on_train_epoch_end(self, trainer: Any) -> None:
+        if run := self._runs.get(trainer):
+            run.end_epoch()
 
     def _on_model_save(self, trainer: Any) -> None:
         if run := self._runs.get(trainer):

@@ -19,7 +19,7 @@ from fgd_hooks.distiller import Distilled, Distiller
 from fgd_hooks.integrations.ultralytics_teacher import fast_dtype
 from fgd_hooks.masks import PackedBoxes
 from fgd_hooks.monitor import distillation_scalars, write_scalars
-from fgd_hooks.sidefile import read_side_file, write_side_file
+from fgd_hooks.sidefile import SideFileError, read_side_file, write_side_file
 from fgd_hooks.taps import LiveHook, scrub, unwrap
 
 logger = logging.getLogger("ultralytics")  # the host's own console and log file
@@ -71,17 +71,24 @@ class TrainingRun:
             self.distiller = Distiller(self.model, teacher.to(trainer.device), config)
         self.distiller.taps.enabled = False
         self.parallel: nn.Module = self.distiller
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # our parameters are outside the trainer's DDP; without one of their own the ranks would drift apart
-            self.parallel = nn.parallel.DistributedDataParallel(self.distiller, broadcast_buffers=False)
-        self.optimizer = torch.optim.AdamW(
-            self.distiller.parameters(), lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay
-        )
+        self.parameters = list(self.distiller.parameters())  # none with identity adapters and a loss without weights
+        self.optimizer: torch.optim.Optimizer | None = None
+        if self.parameters:
+            self.optimizer = torch.optim.AdamW(
+                self.parameters, lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay
+            )
 
     def install(self) -> None:
         """Register the hooks, read the side file when resuming, open TensorBoard."""
         trainer = self.trainer
         try:
+            if self.parameters and torch.distributed.is_available() and torch.distributed.is_initialized():
+                # our parameters are outside the trainer's DDP; without one of their own the ranks would drift apart.
+                # A part with the weight 0 leaves its context block without gradient
+                unused = config_has_zero_weights(self.config)
+                self.parallel = nn.parallel.DistributedDataParallel(
+                    self.distiller, broadcast_buffers=False, find_unused_parameters=unused
+                )
             if trainer.resume:
                 self.resume()
             self.handles = [
@@ -129,14 +136,16 @@ class TrainingRun:
         self.task_loss = loss.detach().sum()
         # Ultralytics' loss is the sum over the images of a batch, its items are per image
         extra = (distilled.loss * images.shape[0]).view(1).to(loss.dtype)
-        named = {f"fgd_{_SHORT.get(part, part)[:6]}": value for part, value in self.distilled.parts.items()}
+        named = {f"fgd_{_SHORT.get(part, part)}": value for part, value in self.distilled.parts.items()}
         return torch.cat([loss.view(-1), extra]), {**items, **named}
 
     def step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """After a step of the student's optimizer (skipped by the scaler, it does not come here): step ours."""
+        """After a step of the student's optimizer: step ours, unless its gradient is not finite."""
+        if self.optimizer is None:
+            return
         scaler = self.trainer.scaler
         scale = scaler.get_scale() if scaler.is_enabled() else 1.0
-        parameters = [p for p in self.distiller.parameters() if p.grad is not None]
+        parameters = [p for p in self.parameters if p.grad is not None]
         if scale != 1.0:
             torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1.0 / scale)
         norm = float(nn.utils.clip_grad_norm_(parameters, self.config.optimizer.clip))
@@ -147,7 +156,7 @@ class TrainingRun:
             for own in self.optimizer.param_groups:
                 own["lr"] = self.config.optimizer.lr * factor
             self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.distiller.zero_grad()
 
     def begin_epoch(self) -> None:
         """Set the schedule's clock, and mend what an out-of-memory retry or a NaN recovery left behind."""
@@ -155,6 +164,7 @@ class TrainingRun:
         self.distiller.set_epoch(trainer.epoch, trainer.epochs)
         self.distiller.taps.clear()
         self.batch = None
+        self.drop_stale_gradients()
         ema = trainer.ema.ema if trainer.ema else None
         if ema is not None and ema is not self.ema_model:
             # NaN recovery made the EMA anew, as a copy of the hooked model, and went back to the last checkpoint
@@ -162,7 +172,16 @@ class TrainingRun:
             self.ema_model = ema
             with contextlib.suppress(FileNotFoundError):
                 self.load(trainer.wdir / SIDE_FILE)
-            self.optimizer.zero_grad()
+            self.distiller.zero_grad()
+
+    def end_epoch(self) -> None:
+        """Take in a measurement that the epoch's last step began; all ranks come here, before one of them saves."""
+        self.distiller.balance.close()
+
+    def drop_stale_gradients(self) -> None:
+        """Clear our gradients where the host has cleared its own without a step (a scaler's skip, out of memory)."""
+        if any(p.grad is not None for p in self.parameters) and all(p.grad is None for p in self.model.parameters()):
+            self.distiller.zero_grad()
 
     # the side file
 
@@ -171,7 +190,7 @@ class TrainingRun:
         content = {
             "epoch": int(self.trainer.epoch),
             "distiller": self.distiller.training_state(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict() if self.optimizer else {},
         }
         try:
             write_side_file(self.trainer.wdir / SIDE_FILE, content)
@@ -179,11 +198,20 @@ class TrainingRun:
             logger.warning("FGD: %s could not be written (%s); the training goes on.", SIDE_FILE, error)
 
     def load(self, path: Path) -> int:
-        """Read a side file; returns its epoch."""
+        """Read a side file; returns its epoch.
+
+        Raises:
+            FileNotFoundError: there is none.
+            SideFileError: it is damaged or belongs to another distillation.
+        """
         content = read_side_file(path)
-        self.distiller.load_training_state(content["distiller"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        return int(content["epoch"])
+        try:
+            self.distiller.load_training_state(content["distiller"])
+            if self.optimizer is not None:
+                self.optimizer.load_state_dict(content["optimizer"])
+            return int(content["epoch"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise SideFileError(f"{path} does not fit this training: {error}") from error
 
     def resume(self) -> None:
         """Go on from the side file next to the checkpoint that is resumed."""
@@ -215,8 +243,9 @@ class TrainingRun:
                 return
             self.writer, self.owns_writer = SummaryWriter(str(self.trainer.save_dir)), True
 
-    def log_step(self) -> None:
+    def end_batch(self) -> None:
         """Write this step's scalars; the axis is the number of training steps."""
+        self.drop_stale_gradients()
         clock = self.distiller.clock
         if self.writer is None or self.distilled is None or (clock.step - 1) % self.config.log_interval:
             return
@@ -231,6 +260,11 @@ class TrainingRun:
         if self.owns_writer and self.writer is not None and trainer.tloss is not None:
             host = {**trainer.label_loss_items(trainer.tloss), **(trainer.metrics or {}), **trainer.lr}
             write_scalars(self.writer, {name: float(value) for name, value in host.items()}, trainer.epoch + 1)
+
+
+def config_has_zero_weights(config: FGDConfig) -> bool:
+    """Whether a part of the loss is switched off, so that some parameters get no gradient."""
+    return any(value == 0 for value in config.loss.options.values() if isinstance(value, (int, float)))
 
 
 def boxes_of(batch: Mapping[str, Tensor]) -> PackedBoxes:

@@ -23,8 +23,10 @@ from PIL import Image, ImageChops, ImageDraw
 CLASSES = ("disc", "ring", "square", "grating", "triangle", "star")
 DISTRACTORS = ("hexagon", "ellipse", "cross", "bar", "striped_disc")
 
+DRAWING = 1  # raise this when the same settings draw other pictures than before
 _SPLITS = ("train", "val")
 _SUPERSAMPLING = 4  # masks are drawn this much larger and averaged down, for smooth edges
+_RADII = (0.05, 0.2)  # least and greatest radius of a shape, in widths of the image
 _MIN_VISIBLE = 0.3  # a shape of which less is left uncovered gets no box
 
 Point = tuple[float, float]
@@ -44,11 +46,11 @@ class SceneSettings:
         seed: of the whole data set; image ``i`` of a split does not depend on how many images there are.
     """
 
-    train: int = 240
-    val: int = 80
+    train: int = 320
+    val: int = 100
     size: int = 160
-    objects: tuple[int, int] = (5, 12)
-    distractors: int = 5
+    objects: tuple[int, int] = (3, 9)
+    distractors: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -120,7 +122,7 @@ def make_dataset(out: Path, settings: SceneSettings | None = None) -> Path:
     settings = settings or SceneSettings()
     out = Path(out)
     marker = out / "scenes.json"
-    wanted = json.loads(json.dumps(asdict(settings)))
+    wanted = json.loads(json.dumps({**asdict(settings), "drawing": DRAWING}))
     if marker.is_file() and json.loads(marker.read_text()) == wanted:
         return out / "data.yaml"
     marker.unlink(missing_ok=True)
@@ -202,8 +204,8 @@ def _place(rng: np.random.Generator, settings: SceneSettings) -> list[_Shape]:
     shapes: list[_Shape] = []
     size = settings.size
     for kind in kinds:
-        # Small ones are more frequent: the exponent is uniform. Radius 3 to 18 % of the image.
-        radius = size * 0.032 * (0.18 / 0.032) ** _uniform(rng, 0, 1)
+        # Small ones are more frequent: the exponent is uniform.
+        radius = size * _RADII[0] * (_RADII[1] / _RADII[0]) ** _uniform(rng, 0, 1)
         x, y = _uniform(rng, 0.02, 0.98) * size, _uniform(rng, 0.02, 0.98) * size
         if shapes and int(rng.integers(0, 3)) == 0:
             other = shapes[int(rng.integers(0, len(shapes)))]
@@ -316,7 +318,7 @@ def _visible_boxes(shapes: Sequence[_Shape], masks: Sequence[Mask]) -> list[Scen
 def _light_and_noise(rng: np.random.Generator, image: Image.Image) -> Image.Image:
     """Darken or brighten the whole image and add pixel noise, both in whole numbers."""
     gain = int(rng.integers(70, 116))  # per cent
-    amplitude = int(rng.integers(4, 22))
+    amplitude = int(rng.integers(3, 14))
     pixels = np.asarray(image).astype(np.int32) * gain // 100
     for _ in range(2):  # the sum of two uniform draws: a triangular distribution
         pixels += rng.integers(-amplitude, amplitude + 1, pixels.shape, dtype=np.int32)

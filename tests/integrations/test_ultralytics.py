@@ -373,7 +373,7 @@ def test_travels_to_other_processes(teacher_file):
     assert len(packed) < 200_000, "no teacher travels, only its path"
     received = pickle.loads(packed)
     handlers = [h for each in received.values() for h in each if getattr(h, "__self__", None).__class__ is FGDCallback]
-    assert len(handlers) == 6
+    assert len(handlers) == 7
     assert len({id(h.__self__) for h in handlers}) == 1
     assert handlers[0].__self__.config == callback.config
     assert handlers[0].__self__.teacher == str(teacher_file)

@@ -194,6 +194,7 @@ def test_the_whole_thing_and_then_once_more(tmp_path: Path) -> None:
     assert "student + FGD" in captured.get()
     assert result.same_batches
     assert [epoch for epoch, _ in result.alone[0].curve] == [2, 3]
+    assert [epoch for epoch, _ in result.teacher.curve] == [2]
     teacher = make_teacher_job(tmp_path, settings)
     for folder in (Path(teacher.folder), tmp_path / "alone-s0", tmp_path / "fgd-s0"):
         assert list(folder.glob("events.out.tfevents.*")), folder
