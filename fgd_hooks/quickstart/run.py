@@ -48,10 +48,10 @@ class QuickstartSettings:
 
     scenes: SceneSettings = field(default_factory=SceneSettings)
     teacher: str = "yolov8n.yaml"
-    teacher_epochs: int = 36
+    teacher_epochs: int = 28
     teacher_seed: int = 0
     student: str = str(STUDENT)
-    student_epochs: int = 34
+    student_epochs: int = 28
     batch: int = 8
     lr: float = 3e-3
     val_every: int = 4
