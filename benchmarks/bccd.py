@@ -128,17 +128,19 @@ def table(arguments: argparse.Namespace) -> None:
     for file in sorted(RESULTS.glob("*.json")):
         run = json.loads(file.read_text())
         arms[run["student"], run["arm"], run["epochs"]].append(run)
-    print("| student | arm | epochs | seeds | val mAP50-95 | test mAP50-95 | test RBC / WBC / Platelets | CPU s |")
-    print("|---|---|---|---|---|---|---|---|")
+    classes = [entry["name"] for entry in next(iter(arms.values()))[0]["results"]["test"]["per_class"]]
+    print(f"| student | arm | epochs | val mAP50-95 | test mAP50-95 | test {' / '.join(classes)} | seeds |")
+    print("|---|---|---|---|---|---|---|")
     for (student, arm, epochs), runs in sorted(arms.items()):
-        cells = [student, arm, str(epochs), " ".join(str(run["seed"]) for run in runs)]
+        cells = [student, arm, str(epochs)]
         for split in ("val", "test"):
             values = [100 * run["results"][split]["map50_95"] for run in runs]
             deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{deviation} ({', '.join(f'{v:.1f}' for v in values)})")
-        classes = [[c["map50_95"] for c in run["results"]["test"]["per_class"]] for run in runs]
-        cells.append(" / ".join(f"{100 * statistics.mean(values):.1f}" for values in zip(*classes, strict=True)))
-        cells.append(f"{statistics.mean(run['cpu_s'] for run in runs):.0f}")
+            each = f" ({', '.join(f'{value:.1f}' for value in values)})" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{deviation}{each}")
+        rows = [[entry["map50_95"] for entry in run["results"]["test"]["per_class"]] for run in runs]
+        cells.append(" / ".join(f"{100 * statistics.mean(values):.1f}" for values in zip(*rows, strict=True)))
+        cells.append(", ".join(str(run["seed"]) for run in runs))
         print("| " + " | ".join(cells) + " |")
 
 
