@@ -116,7 +116,9 @@ def collect(arguments: argparse.Namespace) -> None:
         summary["results"] = {}
         for split in ("val", "test"):
             found = evaluate(summary_file.parent / "weights" / "last.pt", data, split=split, imgsz=192, device="cpu")
-            summary["results"][split] = found.to_dict()
+            # without the paths of the machine that ran it
+            values = {key: value for key, value in found.to_dict().items() if key not in ("model", "data")}
+            summary["results"][split] = values
         shutil.copy(summary_file.parent / "results.csv", target.with_suffix(".csv"))
         target.write_text(json.dumps(summary, indent=1) + "\n")
         print(summary["name"], summary["results"]["val"]["map50_95"], summary["results"]["test"]["map50_95"])
