@@ -67,7 +67,7 @@ class Distiller(nn.Module):
 
     ``parameters()`` and ``state_dict()`` hold what is trained (adapters, context blocks) and nothing else. Student and
     teacher are no submodules; the teacher is frozen and stays in eval mode. Use it as a context manager, or call
-    :meth:`detach`, to remove every hook again.
+    :meth:`detach`, to remove every hook again. A teacher serves one Distiller at a time.
 
     Args:
         student: the model that learns; wrappers (DDP, DataParallel, compile) are looked through.
