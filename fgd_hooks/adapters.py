@@ -28,15 +28,20 @@ def list_adapters() -> list[str]:
     return ADAPTERS.names()
 
 
+def automatic_adapter(student_channels: int, teacher_channels: int) -> str:
+    """What ``"auto"`` stands for: ``identity`` where the channels match and ``conv1x1`` elsewhere."""
+    return "identity" if student_channels == teacher_channels else "conv1x1"
+
+
 def create_adapter(name: str, student_channels: int, teacher_channels: int) -> nn.Module:
-    """Build the adapter ``name``; ``"auto"`` is ``identity`` where the channels match and ``conv1x1`` elsewhere.
+    """Build the adapter ``name``, or with ``"auto"`` the :func:`automatic_adapter`.
 
     Raises:
         UnknownNameError: no adapter has that name.
         ValueError: the adapter cannot map these channels.
     """
     if name == "auto":
-        name = "identity" if student_channels == teacher_channels else "conv1x1"
+        name = automatic_adapter(student_channels, teacher_channels)
     adapter: Any = ADAPTERS.create(name, student_channels, teacher_channels)
     if not isinstance(adapter, nn.Module):
         raise ValueError(f"The adapter {name!r} gave a {type(adapter).__name__}; its factory must return an nn.Module.")

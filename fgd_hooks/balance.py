@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fgd_hooks.config import BalanceConfig
+from fgd_hooks.distributed import is_distributed
 
 
 class Balance:
@@ -125,7 +126,7 @@ class Balance:
         """
         config = self.config
         task, distillation = task.to(self.scales), distillation.to(self.scales)
-        if _distributed():
+        if is_distributed():
             both = torch.stack([task, distillation]).square()
             torch.distributed.all_reduce(both)  # the ranks must agree on the scales
             task, distillation = both.sqrt()
@@ -145,7 +146,7 @@ class Balance:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs: plain tensors and numbers."""
-        if not _distributed():  # one rank saves alone; there, close() comes before
+        if not is_distributed():  # one rank saves alone; there, close() comes before
             self.close()
         state = {name: getattr(self, name).cpu() for name in ("scales", "ratios", "_measured")}
         return {**state, "_steps": self._steps}
@@ -168,10 +169,6 @@ class Balance:
             setattr(self, name, state[name].to(self.scales.device).clone())
         self._steps = int(state["_steps"])
         self._pending = []
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _norm_recorder(record: dict[str, Tensor], key: str) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fgd_hooks.adapters import automatic_adapter
 from fgd_hooks.config import ConfigError, load_config
 from fgd_hooks.distiller import NonFiniteError
 from fgd_hooks.evaldata import DataError
@@ -185,7 +186,7 @@ def _table(title: str, columns: Sequence[str]) -> Any:
 
     table = Table(title=title, title_justify="left")
     for column in columns:
-        table.add_column(column, justify="left" if column in ("level", "tap", "adapter", "taught by") else "right")
+        table.add_column(column, justify="left" if column in ("level", "tap", "adapter") else "right")
     return table
 
 
@@ -204,7 +205,7 @@ def _print_pairs(student: str, teacher: str, pyramids: Sequence[Sequence[Level]]
 
     table = _table(f"{student}  <-  {teacher}", ("level", "stride", "student", "teacher", "adapter", "tap"))
     for pair in pairs:
-        adapter = "identity" if pair.student.channels == pair.teacher.channels else "conv1x1"
+        adapter = automatic_adapter(pair.student.channels, pair.teacher.channels)
         taps = f"{pair.student.tap}  <-  {pair.teacher.tap}"
         channels = str(pair.student.channels), str(pair.teacher.channels)
         table.add_row(pair.name, str(pair.student.stride), *channels, adapter, taps)

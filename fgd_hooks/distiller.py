@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fgd_hooks.adapters import create_adapter, list_adapters
 from fgd_hooks.balance import Balance
 from fgd_hooks.config import ConfigError, FGDConfig, LossConfig, load_config
+from fgd_hooks.distributed import is_distributed
 from fgd_hooks.losses import PRESETS, LossResult, create_loss, list_losses
 from fgd_hooks.masks import PackedBoxes, check_boxes
 from fgd_hooks.pyramid import Level, LevelPair, find_levels, pair_levels
@@ -277,7 +278,7 @@ class Distiller(nn.Module):
         """A step without distillation. Under DDP the parameters must take part in each step all the same."""
         device = next(self.parameters(), torch.empty(0)).device
         loss = torch.zeros((), device=device)
-        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.is_grad_enabled():
+        if is_distributed() and torch.is_grad_enabled():
             loss = loss + 0.0 * sum(parameter.sum() for parameter in self.parameters())
         zeros = {part: torch.zeros((), device=device) for part in self.part_names}
         levels = {name: dict(zeros) for name in self.level_names}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fgd_hooks.config import FGDConfig
 from fgd_hooks.distiller import Distilled, Distiller
+from fgd_hooks.distributed import is_distributed
 from fgd_hooks.integrations.ultralytics_teacher import fast_dtype
 from fgd_hooks.masks import PackedBoxes
 from fgd_hooks.monitor import distillation_scalars, write_scalars
@@ -82,7 +83,7 @@ class TrainingRun:
         """Register the hooks, read the side file when resuming, open TensorBoard."""
         trainer = self.trainer
         try:
-            if self.parameters and torch.distributed.is_available() and torch.distributed.is_initialized():
+            if self.parameters and is_distributed():
                 # our parameters are outside the trainer's DDP; without one of their own the ranks would drift apart.
                 # A part with the weight 0 leaves its context block without gradient
                 unused = config_has_zero_weights(self.config)
