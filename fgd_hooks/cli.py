@@ -11,7 +11,7 @@ from typing import Any
 
 from fgd_hooks.adapters import automatic_adapter
 from fgd_hooks.config import ConfigError, load_config
-from fgd_hooks.distiller import NonFiniteError
+from fgd_hooks.health import NonFiniteError
 from fgd_hooks.evaldata import DataError
 from fgd_hooks.pyramid import Level, LevelPair, PairingError, find_levels, pair_levels
 from fgd_hooks.quickstart.processes import QuickstartError

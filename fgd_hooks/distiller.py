@@ -15,6 +15,7 @@ from fgd_hooks.adapters import create_adapter, list_adapters
 from fgd_hooks.balance import Balance
 from fgd_hooks.config import ConfigError, FGDConfig, LossConfig, load_config
 from fgd_hooks.distributed import is_distributed
+from fgd_hooks.health import GradientGuard, StepHealth, zero_unless_finite
 from fgd_hooks.losses import PRESETS, LossResult, create_loss, list_losses
 from fgd_hooks.masks import PackedBoxes, check_boxes
 from fgd_hooks.pyramid import Level, LevelPair, find_levels, pair_levels
@@ -24,10 +25,6 @@ from fgd_hooks.taps import FeatureTaps, TapError, unwrap
 from fgd_hooks.teacher import FrozenTeacher, check_apart
 
 logger = logging.getLogger("fgd_hooks")
-
-
-class NonFiniteError(RuntimeError):
-    """The distillation loss was NaN or infinite for too many steps in a row."""
 
 
 @dataclass
@@ -113,10 +110,9 @@ class Distiller(nn.Module):
         self.to(reference.device)
         self.balance = Balance(config.balance, len(self.pairs))
         self.clock = Clock()
-        self._distilled_steps = 0
-        self._bad_steps = torch.zeros(2, dtype=torch.long)  # in a row, in all
+        self._health = StepHealth(config)
         for parameter in self.parameters():
-            parameter.register_hook(_zero_unless_finite)
+            parameter.register_hook(zero_unless_finite)
         self._teacher = FrozenTeacher(teacher, [pair.teacher.tap for pair in self.pairs], config.teacher)
         self.taps = FeatureTaps(student, [pair.student.tap for pair in self.pairs], role="student", grad_only=True)
 
@@ -144,7 +140,12 @@ class Distiller(nn.Module):
         self.clock.epoch, self.clock.epochs = epoch, epochs
 
     def forward(
-        self, images: Any, boxes: Sequence[Tensor] | PackedBoxes, *, canvas: tuple[int, int] | None = None
+        self,
+        images: Any,
+        boxes: Sequence[Tensor] | PackedBoxes,
+        *,
+        canvas: tuple[int, int] | None = None,
+        task_loss: Tensor | None = None,
     ) -> Distilled:
         """Distil the batch that the student has just seen. Without gradients (validation) it does nothing.
 
@@ -152,6 +153,7 @@ class Distiller(nn.Module):
             images: what the teacher is called with, usually the student's (N, 3, H, W) batch.
             boxes: ground truth of each image, a list of N float tensors (n_i, 4) of pixel x1 y1 x2 y2, or packed.
             canvas: (h, w) in pixels that the feature maps cover; None: the size of ``images``, which then is a tensor.
+            task_loss: () the student's own loss; only to warn when the distillation dominates it for long.
 
         Raises:
             TapError: a tap did not fire, or the student's feature takes no gradient.
@@ -185,7 +187,7 @@ class Distiller(nn.Module):
                         "pass canvas=(h, w), the padded size in pixels, and boxes in pixels of it."
                     )
                 canvas = (int(images.shape[-2]), int(images.shape[-1]))
-            if self._distilled_steps < 3:
+            if self._health.steps < 3:
                 check_boxes(boxes, canvas)  # mistakes of format and unit show at once; a GPU waits for this check
             boxes = PackedBoxes.from_list(boxes, canvas, device)
         if boxes.num_images != features[0].shape[0]:
@@ -198,7 +200,7 @@ class Distiller(nn.Module):
         measuring = self.balance.next_step()
         if measuring:
             features = self.balance.observe(features, weight)
-        guard = _Guard()
+        guard = GradientGuard()
         results = [
             self._level(pair, guard.watch(feature), target, boxes)
             for pair, feature, target in zip(self.pairs, features, taught, strict=True)
@@ -206,25 +208,40 @@ class Distiller(nn.Module):
         scales = self.balance.scales if measuring else self.balance.factors
         distilled = self._assemble(results, scales * weight, guard)
         distilled.weight, distilled.measured = weight, measuring
+        if task_loss is not None:
+            self._health.compare(distilled.loss, task_loss)
         return distilled
 
-    def _level(self, pair: LevelPair, student: Tensor, teacher: Tensor, boxes: PackedBoxes) -> LossResult:
+    def teacher_features(self, images: Any) -> list[Tensor]:
+        """The frozen teacher's features (N, C, H, W) of a batch, one for each of :attr:`pairs`, without gradient."""
+        return self._teacher.features(images)
+
+    def adapt(self, pair: LevelPair, student: Tensor, size: Sequence[int]) -> Tensor:
+        """The student's feature (N, C, H, W) of a level through its adapter, with the teacher's (h, w) cells.
+
+        Raises:
+            ValueError: the maps differ in size, and ``resize`` is off.
+        """
         adapter = self.adapters[pair.name]
         own = next(adapter.parameters(), None)
         if own is not None and not torch.is_autocast_enabled(student.device.type):
             student = student.to(own.dtype)  # a student that ran under autocast, or in half precision
-        adapted = adapter(student)
-        if adapted.shape[2:] != teacher.shape[2:]:
+        adapted: Tensor = adapter(student)
+        if adapted.shape[2:] != tuple(size):
             if not self.config.resize:
                 raise ValueError(
                     f"At level {pair.name} the student's map is {tuple(adapted.shape[2:])} and the teacher's "
-                    f"{tuple(teacher.shape[2:])} cells. Give both models the same input size, or set resize=true."
+                    f"{tuple(size)} cells. Give both models the same input size, or set resize=true."
                 )
-            adapted = nn.functional.interpolate(adapted, teacher.shape[2:], mode="bilinear", align_corners=False)
+            adapted = nn.functional.interpolate(adapted, tuple(size), mode="bilinear", align_corners=False)
+        return adapted
+
+    def _level(self, pair: LevelPair, student: Tensor, teacher: Tensor, boxes: PackedBoxes) -> LossResult:
+        adapted = self.adapt(pair, student, teacher.shape[2:])
         result: LossResult = self.losses[pair.name](adapted, teacher, boxes)
         return result
 
-    def _assemble(self, results: list[LossResult], factors: Tensor, guard: _Guard) -> Distilled:
+    def _assemble(self, results: list[LossResult], factors: Tensor, guard: GradientGuard) -> Distilled:
         total = (torch.stack([result.loss for result in results]) * factors).sum()
         finite = guard.finite = torch.isfinite(total.detach())
         zero = torch.zeros_like(finite, dtype=total.dtype)
@@ -242,37 +259,19 @@ class Distiller(nn.Module):
 
     def _count(self, finite: Tensor) -> None:
         """Count steps that are not finite, and say what would otherwise fail in silence."""
-        self._distilled_steps += 1
-        bad = (~finite).long()
-        self._bad_steps = torch.stack([(self._bad_steps[0].to(bad) + 1) * bad, self._bad_steps[1].to(bad) + bad])
-        if self._distilled_steps == self.config.balance.interval + 2 and self.balance.unmeasured:
+        self._health.count(finite)
+        if self._health.steps == self.config.balance.interval + 2 and self.balance.unmeasured:
             names = ", ".join(self.level_names[number] for number in self.balance.unmeasured)
             logger.warning(
                 "The balance could not measure %s yet, so these levels do not distil: call the distiller before the "
                 "backward pass of (task_loss + distilled.loss), and see that the task's loss depends on them.",
                 names,
             )
-        # reading the counter makes a GPU wait, so there it is read now and then only
-        if bad.device.type != "cpu" and self._distilled_steps % self.config.max_bad_steps:
-            return
-        in_a_row, in_all = self._bad_steps.tolist()
-        if in_a_row >= self.config.max_bad_steps:
-            raise NonFiniteError(
-                f"The distillation loss was NaN or infinite for {in_a_row} steps in a row. Look at the teacher's "
-                "features on your data, at the precision of the training (amp), and at the learning rate; "
-                "max_bad_steps sets the number of steps that are tolerated."
-            )
-        if in_a_row and (in_a_row == 1 or bad.device.type != "cpu"):
-            logger.warning(
-                "Step %d: the distillation loss is not finite; the step uses the task's loss alone (%d so far).",
-                self.clock.step,
-                in_all,
-            )
 
     @property
     def skipped_steps(self) -> int:
         """Steps so far whose distillation loss was not finite and was left out."""
-        return int(self._bad_steps[1])
+        return self._health.skipped
 
     def _nothing(self, resting: bool = False) -> Distilled:
         """A step without distillation. Under DDP the parameters must take part in each step all the same."""
@@ -371,36 +370,6 @@ class Distiller(nn.Module):
 
     def __exit__(self, *exc_info: object) -> None:
         self.detach()
-
-
-class _Guard:
-    """Keeps the gradient of a step's loss away from the student when that loss is not finite.
-
-    The flag stays on the device: no step waits for it.
-    """
-
-    def __init__(self) -> None:
-        self.finite: Tensor | None = None
-
-    def watch(self, feature: Tensor) -> Tensor:
-        """The same feature (N, C, H, W), with the guard on the way back."""
-        if not feature.requires_grad:
-            return feature
-        feature = feature.view_as(feature)
-        feature.register_hook(self)
-        return feature
-
-    def __call__(self, gradient: Tensor) -> Tensor:
-        if self.finite is None:
-            return gradient
-        return torch.where(self.finite, gradient, torch.zeros_like(gradient))
-
-
-def _zero_unless_finite(gradient: Tensor | None) -> Tensor | None:
-    """Gradient hook of adapters and context blocks (None for one whose part has the weight 0)."""
-    if gradient is None:
-        return None
-    return torch.where(torch.isfinite(gradient).all(), gradient, torch.zeros_like(gradient))
 
 
 def check_names(config: FGDConfig) -> None:

@@ -18,7 +18,7 @@ from fgd_hooks import (
     load_config,
     register_loss,
 )
-from fgd_hooks.distiller import NonFiniteError
+from fgd_hooks.health import NonFiniteError
 from fgd_hooks.losses import LOSSES, FeatureLoss, LossResult
 from fgd_hooks.teacher import FrozenTeacher
 from tests.tiny import TinyDetector, batch, trained

@@ -131,10 +131,11 @@ class TrainingRun:
             return None
         loss, items = output
         images = batch["img"]
-        distilled: Distilled = self.parallel(images, boxes_of(batch))
+        self.task_loss = loss.detach().sum()
+        per_image = self.task_loss / images.shape[0]
+        distilled: Distilled = self.parallel(images, boxes_of(batch), task_loss=per_image)
         if self.distilled is None or not distilled.resting:
             self.distilled = distilled  # a step that rests goes on showing the last one's parts
-        self.task_loss = loss.detach().sum()
         # Ultralytics' loss is the sum over the images of a batch, its items are per image
         extra = (distilled.loss * images.shape[0]).view(1).to(loss.dtype)
         named = {f"fgd_{_SHORT.get(part, part)}": value for part, value in self.distilled.parts.items()}
