@@ -93,9 +93,9 @@ class StepHealth:
             "For %d steps the distillation loss (now %.3g) has been more than %g times the task's (%.3g): the student "
             "learns the teacher's features rather than its task. Lower %s%s.",
             int(self._dominant),
-            float(distillation),
+            float(distillation.detach()),
             DOMINANT,
-            float(task),
+            float(task.detach()),
             knob,
             other,
         )
