@@ -1,4 +1,4 @@
-"""Two processes on the CPU: a loop of one's own, the Distiller in a DDP of its own."""
+"""Two processes on the CPU: a loop of one's own, the Distiller in a DDP of its own, as docs/several-gpus.md says."""
 
 import pytest
 import torch
@@ -54,3 +54,80 @@ def test_adapters_scales_and_student_stay_equal_on_all_ranks(tmp_path):
         assert all(loss > 0 for loss in losses[:6])
         assert losses[6:] == [0, 0, 0], "the schedule has stopped; the ranks go on together"
     assert one["losses"] != other["losses"], "each rank saw images of its own"
+
+
+FIXED = {"balance": {"mode": "fixed"}, "schedule": {"stop_epoch": None}}
+
+
+def gradients_of(student, distiller):
+    named = [*student.named_parameters(), *distiller.named_parameters()]
+    return {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
+
+
+def two_models():
+    from tests.tiny import TinyDetector, trained
+
+    torch.manual_seed(0)
+    # the student in eval mode: its batch normalisations then see each image alone, whatever the batch
+    return trained(TinyDetector()).eval(), trained(TinyDetector((8, 16, 24)), seed=1)
+
+
+def accumulate(rank, folder):
+    """Two backward passes, the first without exchange, then the gradients and the bytes that were exchanged."""
+    import torch.distributed as dist
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+    from torch.nn.parallel import DistributedDataParallel
+
+    from fgd_hooks import Distiller
+    from tests.tiny import batch
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    student, teacher = two_models()
+    distiller = Distiller(student, teacher, FIXED)
+    ddp_student, ddp_distiller = DistributedDataParallel(student), DistributedDataParallel(distiller)
+    exchanged = []
+
+    def counting(group, bucket):
+        exchanged.append(bucket.buffer().numel() * bucket.buffer().element_size())
+        return allreduce_hook(group, bucket)
+
+    ddp_distiller.register_comm_hook(dist.group.WORLD, counting)
+
+    def backward(step):
+        images, boxes = batch(10 * rank + step)
+        task_loss = (ddp_student(images)["scores"] - 1).square().mean()
+        (task_loss + ddp_distiller(images, boxes).loss).backward()
+
+    with ddp_student.no_sync(), ddp_distiller.no_sync():
+        backward(0)
+    silent = len(exchanged)
+    backward(1)
+    torch.save(
+        {"gradients": gradients_of(student, distiller), "exchanged": exchanged, "silent": silent}, f"{folder}/{rank}.pt"
+    )
+    dist.destroy_process_group()
+
+
+def test_gradients_are_those_of_one_process_with_the_whole_batch(tmp_path):
+    from fgd_hooks import Distiller
+    from tests.tiny import batch
+
+    mp.spawn(accumulate, args=(str(tmp_path),), nprocs=2)
+    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    student, teacher = two_models()
+    distiller = Distiller(student, teacher, FIXED)
+    for step in (0, 1):
+        (images, boxes), (more, further) = batch(step), batch(10 + step)
+        images, boxes = torch.cat([images, more]), [*boxes, *further]
+        ((student(images)["scores"] - 1).square().mean() + distiller(images, boxes).loss).backward()
+    wanted = gradients_of(student, distiller)
+    assert wanted.keys() == one["gradients"].keys() == other["gradients"].keys()
+    assert any(name.startswith("adapters") and bool(gradient.any()) for name, gradient in wanted.items())
+    for name, gradient in wanted.items():
+        assert torch.equal(one["gradients"][name], other["gradients"][name]), name
+        close = {"rtol": 1e-4, "atol": 1e-5 * float(gradient.abs().max())}
+        torch.testing.assert_close(one["gradients"][name], gradient, **close, msg=lambda m, name=name: f"{name}: {m}")
+    assert one["silent"] == 0
+    # what a step exchanges for the distillation: each of its parameters once, in float32
+    assert sum(one["exchanged"]) == 4 * sum(parameter.numel() for parameter in distiller.parameters())

@@ -43,7 +43,6 @@ class TwoRanksTrainer(DetectionTrainer):
         finally:
             nn.parallel.DistributedDataParallel = stock
 
-
     def validate(self):
         """None: Ultralytics' validator asks the GPU for its number where there are several ranks."""
         return self.metrics or {}, float(self.epoch)
