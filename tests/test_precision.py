@@ -1,4 +1,4 @@
-"""Mixed precision in a loop of one's own. GradScaler and float16 autocast work on the CPU too, so nothing is skipped."""
+"""Mixed precision in a loop of one's own; GradScaler and float16 autocast work on the CPU too."""
 
 import pytest
 import torch

@@ -62,9 +62,9 @@ class GenerationLoss(FeatureLoss):
         """
         check_features(student, teacher, self.channels)
         dtype = compute_dtype(student, teacher)
-        weight = self.generation[0].weight
+        own = next(self.generation.parameters()).dtype
         with no_autocast(student.device):
-            blanked = student.to(weight.dtype) * self.mask(student).to(weight.dtype)
+            blanked = student.to(own) * self.mask(student).to(own)
             generated = self.generation(blanked)
             raw = (teacher.detach().to(dtype) - generated.to(dtype)).square().sum() / student.shape[0]
             part = raw * self.alpha
