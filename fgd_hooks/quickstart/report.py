@@ -9,15 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fgd_hooks.quickstart.train import write_json
+from fgd_hooks.reporting import Curve, draw_curves, markdown_table, spread
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-# Blue and vermilion of the Okabe-Ito palette: told apart with every kind of colour vision, and by their markers.
-_STYLES: dict[str, dict[str, Any]] = {
-    "fgd": {"color": "#0072B2", "marker": "o", "label": "student with FGD"},
-    "alone": {"color": "#D55E00", "marker": "s", "label": "student alone"},
-}
 
 
 @dataclass(frozen=True)
@@ -144,20 +139,14 @@ def _rows(result: Comparison) -> list[tuple[str, ...]]:
         rows.append(
             (
                 name,
-                _spread([100 * run.map50_95 for run in runs]),
-                _spread([100 * run.map50 for run in runs]),
+                spread([100 * run.map50_95 for run in runs]),
+                spread([100 * run.map50 for run in runs]),
                 f"{runs[0].parameters / 1e6:.2f} M",
                 f"{flops:.2f}" if flops else "-",
                 f"{statistics.fmean(run.minutes for run in runs):.1f}",
             )
         )
     return rows
-
-
-def _spread(values: Sequence[float]) -> str:
-    """Mean, with the standard deviation over the seeds where there are several."""
-    mean = f"{statistics.fmean(values):.1f}"
-    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
 def _gain_text(result: Comparison) -> str:
@@ -174,7 +163,7 @@ def markdown(result: Comparison) -> str:
     lines = [
         "# Quickstart: one student, without and with FGD",
         "",
-        *_markdown_table(_HEADINGS, _rows(result)),
+        *markdown_table(_HEADINGS, _rows(result)),
         "",
         f"With FGD less alone: **{_gain_text(result)}** points of mAP50-95 (seeds: {seeds}).",
         "",
@@ -196,7 +185,7 @@ def markdown(result: Comparison) -> str:
         "",
         "## By class",
         "",
-        *_markdown_table(("class", "teacher", "alone", "FGD"), _class_rows(result)),
+        *markdown_table(("class", "teacher", "alone", "FGD"), _class_rows(result)),
         "",
         "## Curves",
         "",
@@ -230,55 +219,32 @@ def _class_rows(result: Comparison) -> list[tuple[str, ...]]:
     return rows
 
 
-def _markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(headings) + " |", "|---" + "|--:" * (len(headings) - 1) + "|"]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows)]
-
-
-def draw_curves(result: Comparison, file: Path) -> None:
-    """Draw the validation mAP of all students over the epochs, and the teacher's final one, as a PNG.
-
-    Each seed is a thin line, the mean over the seeds a thick one with markers.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.0, 4.3), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    ends: list[tuple[float, int]] = []
-    for arm, runs in (("fgd", result.fgd), ("alone", result.alone)):
-        style = _STYLES[arm]
-        epochs = [epoch for epoch, _ in runs[0].curve]
-        curves = [[100 * value for _, value in run.curve] for run in runs]
-        if len(runs) > 1:
-            for curve in curves:
-                axes.plot(epochs, curve, color=style["color"], linewidth=0.8, alpha=0.5)
-        mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
-        axes.plot(epochs, mean, linewidth=2.2, markersize=5, **style)
-        if mean:
-            ends.append((mean[-1], epochs[-1]))
-    for (value, epoch), shift in zip(sorted(ends), (-5, 5), strict=False):  # apart, also where the curves end alike
-        axes.annotate(f"{value:.1f}", (epoch, value), xytext=(6, shift), textcoords="offset points", va="center")
-    if result.teacher.curve:
-        final = 100 * result.teacher.curve[-1][1]
-        axes.axhline(final, color="#555555", linestyle="--", linewidth=1.4, label=f"teacher ({final:.1f})")
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("mAP50-95 on the validation images, %")
-    axes.set_ylim(bottom=0)
-    axes.margins(x=0.08)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False)
-    seeds = "seed " + str(result.alone[0].seed) if len(result.alone) == 1 else f"mean of {len(result.alone)} seeds"
-    axes.set_title(f"The same student, without and with FGD ({seeds})", fontsize=11)
-    figure.savefig(file)
+def draw(result: Comparison, file: Path) -> None:
+    """Draw the validation mAP of all students over the epochs, and the teacher's final one, as a PNG."""
+    arms = (("student with FGD", result.fgd), ("student alone", result.alone))
+    curves = [
+        Curve(name, [epoch for epoch, _ in runs[0].curve], [[100 * value for _, value in run.curve] for run in runs])
+        for name, runs in arms
+    ]
+    teacher = ("teacher", 100 * result.teacher.curve[-1][1]) if result.teacher.curve else None
+    seeds = (
+        f"seed {result.alone[0].seed}"
+        if len(result.alone) == 1
+        else f"mean of {len(result.alone)} seeds; band: one standard deviation"
+    )
+    draw_curves(
+        curves,
+        file,
+        title=f"The same student, without and with FGD ({seeds})",
+        ylabel="mAP50-95 on the validation images, %",
+        reference=teacher,
+    )
 
 
 def write_report(out: Path, result: Comparison) -> Path:
     """Write ``report.md``, ``curves.png`` and ``results.json`` into a folder; returns the report's path."""
     out.mkdir(parents=True, exist_ok=True)
-    draw_curves(result, out / "curves.png")
+    draw(result, out / "curves.png")
     write_json(
         out / "results.json",
         {

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from fgd_hooks.quickstart.report import Comparison, comparison_table, draw_curves, markdown, write_report
+from fgd_hooks.quickstart.report import Comparison, comparison_table, draw, markdown, write_report
 
 
 def summary(value: float, seed: int = 0, batches: int = 7, star: float | None = 0.5) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def test_files_are_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_picture_shows_both_curves_in_their_colours(tmp_path: Path, seeds: int) -> None:
-    draw_curves(
+    draw(
         comparison([0.40 + 0.01 * i for i in range(seeds)], [0.45 + 0.01 * i for i in range(seeds)]), tmp_path / "c.png"
     )
     with Image.open(tmp_path / "c.png") as image:
