@@ -16,6 +16,7 @@ multiplies both alike. The price is one step in ``interval`` in which the studen
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from fgd_hooks.config import BalanceConfig
 from fgd_hooks.distributed import is_distributed
+from fgd_hooks.savedstate import check_count, check_tensor
 
 
 class Balance:
@@ -45,6 +47,7 @@ class Balance:
         self._measured = torch.zeros(count)  # measurements that counted, per level
         self._steps = 0
         self._pending: list[dict[str, Tensor]] = []
+        self._meters: list[Tensor | None] = []
         self._weight = 1.0
 
     @property
@@ -69,7 +72,7 @@ class Balance:
         step, self._steps = self._steps, self._steps + 1
         return step < 2 or step % self.config.interval == 0
 
-    def observe(self, features: list[Tensor], weight: float) -> list[Tensor]:
+    def observe(self, features: list[Tensor], weight: float, meters: Sequence[Tensor | None] = ()) -> list[Tensor]:
         """Begin a measurement; returns leaves that stand in for the student's features in the distillation.
 
         The norms are taken when the backward pass of this step comes along; when none comes, nothing is measured.
@@ -77,7 +80,12 @@ class Balance:
         Args:
             features: the student's tapped features, (N, C, H, W) each.
             weight: what the losses are multiplied by in this step besides ``scales``.
+            meters: of a compiled student, scalars whose gradient will be the norm of the task's gradient.
         """
+        self._meters = list(meters)
+        for meter in self._meters:
+            if meter is not None:
+                meter.grad = None
         self._pending = []
         self._weight = weight
         leaves = []
@@ -109,6 +117,9 @@ class Balance:
         if not pending:
             return
         zero = self.scales.new_zeros(())
+        for record, meter in zip(pending, self._meters, strict=False):
+            if meter is not None and meter.grad is not None and "task" not in record:
+                record["task"] = meter.grad.to(zero)
         task, distillation = (
             torch.stack([record.get(key, zero) for record in pending]) for key in ("task", "distillation")
         )
@@ -154,25 +165,35 @@ class Balance:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave.
 
+        Saved scales stay inside the bounds of this configuration; with fixed weights they are left out.
+
         Raises:
             ValueError: it is damaged, or of another number of levels; nothing is changed then.
         """
-        for name in ("scales", "ratios", "_measured"):
-            tensor = state.get(name)
-            if not isinstance(tensor, Tensor) or not isinstance(state.get("_steps"), int):
-                raise ValueError(f"The saved balance is damaged: {name} or its number of steps is missing.")
-            if tensor.shape != self.scales.shape:
+        names = ("scales", "ratios", "_measured")
+        saved = {name: state.get(name) for name in names}
+        for tensor in saved.values():
+            if isinstance(tensor, Tensor) and tensor.shape != self.scales.shape:
                 raise ValueError(
                     f"The saved balance has {tensor.numel()} levels; this distillation has {self.scales.numel()}."
                 )
-        for name in ("scales", "ratios", "_measured"):
-            setattr(self, name, state[name].to(self.scales.device).clone())
-        self._steps = int(state["_steps"])
+        check_tensor("balance's scales", saved["scales"], self.scales, finite=True, low=0)
+        check_tensor("balance's ratios", saved["ratios"], self.ratios)  # NaN before the first measurement
+        check_tensor("balance's measurements", saved["_measured"], self._measured, finite=True, low=0)
+        steps = check_count("balance's number of steps", state.get("_steps"))
+        if not self.measures:
+            return
+        for name in names:
+            setattr(self, name, saved[name].to(self.scales.device).clone())  # type: ignore[union-attr]
+        self.scales = self.scales.clamp(self.config.min_scale, self.config.max_scale)
+        self._steps = steps
         self._pending = []
 
 
 def _norm_recorder(record: dict[str, Tensor], key: str) -> Any:
-    def hook(gradient: Tensor) -> None:
+    def hook(gradient: Tensor | None) -> None:
+        if gradient is None:  # a compiled student whose head does not use this feature; counts as 0
+            return
         record[key] = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32)
 
     return hook

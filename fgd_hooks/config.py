@@ -17,6 +17,11 @@ from typing import Any
 
 from fgd_hooks.registry import suggestion
 
+MAX_TEXT = 64 * 1024  # characters of YAML; a configuration takes one or two thousand
+MAX_ALIASES = 20  # each may repeat all that came before it
+MAX_DEPTH = 20
+MAX_VALUES = 10_000
+
 
 class ConfigError(ValueError):
     """A configuration with an unknown key, a wrong type or an impossible value."""
@@ -163,10 +168,15 @@ class TeacherConfig(_Section):
             multiplies bfloat16 fast.
         fuse: let a teacher that an integration loads from a file itself fold its batch normalisations into its
             convolutions and keep its weights in channels-last order (exact up to rounding, faster).
+        compile: run its forward pass, up to the last tap, through ``torch.compile``. Where that fails, one warning, and
+            the teacher runs as it is.
+        name: what it was loaded from. Nothing is loaded by it: an integration notes it in the ``fgd.yaml`` of a run.
     """
 
     dtype: str = "auto"
     fuse: bool = True
+    compile: bool = False
+    name: str | None = None
 
     def _check(self) -> None:
         _one_of("teacher.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
@@ -205,7 +215,8 @@ class FGDConfig(_Section):
         adapter: a registered adapter, or "auto" (identity where channels match, conv1x1 elsewhere).
         resize: resample the student's map where its size differs from the teacher's; an error otherwise.
         max_bad_steps: this many steps in a row without a finite distillation loss end the training with an error.
-        log_interval: steps from one TensorBoard record to the next; 0: none.
+        log_interval: steps from one TensorBoard record to the next; 0: none, no pictures either.
+        image_interval: epochs from one set of attention pictures in TensorBoard to the next; 0: none.
     """
 
     weight: float = 1.0
@@ -217,6 +228,7 @@ class FGDConfig(_Section):
     resize: bool = False
     max_bad_steps: int = 50
     log_interval: int = 10
+    image_interval: int = 10
     loss: LossConfig = field(default_factory=LossConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -231,6 +243,7 @@ class FGDConfig(_Section):
             _require(value is None or len(value) > 0, key, value, "null or a list of at least one")
         _require(self.max_bad_steps >= 1, "max_bad_steps", self.max_bad_steps, "1 or more")
         _not_negative("log_interval", self.log_interval)
+        _not_negative("image_interval", self.image_interval)
 
 
 def known_keys(schema: type = FGDConfig, prefix: str = "") -> list[str]:
@@ -261,6 +274,7 @@ def load_config(
     merged: dict[str, Any] = {}
     sources = []
     for source, values in (_from_config(config), _from_overrides(overrides)):
+        _check_extent(values, source)
         _check_keys(values, source)
         _merge(merged, values)
         sources += [source] if values else []
@@ -306,15 +320,20 @@ def _from_config(config: FGDConfig | Mapping[str, Any] | str | Path | None) -> t
     if config is None:
         return "defaults", {}
     if isinstance(config, FGDConfig):
+        _check_extent(vars(config), "configuration")
         return "configuration", config_to_dict(config)
     if isinstance(config, Mapping):
-        return "configuration", {str(key): value for key, value in config.items()}
+        return "configuration", dict(config)
+    if not isinstance(config, (str, Path)):
+        raise ConfigError(f"The configuration is a {type(config).__name__}; expected an FGDConfig, a dict or a file.")
     path = Path(config)
-    if not path.is_file():
+    if not _is_file(path):
         raise FileNotFoundError(f"The configuration file {str(path)!r} does not exist.")
+    if path.stat().st_size > 4 * MAX_TEXT:
+        raise ConfigError(f"{path} has {path.stat().st_size} bytes; that is no configuration.")
     try:
         values = _parse_yaml(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except ValueError as error:  # also of a text that is not UTF-8
         raise ConfigError(f"{path} is no valid YAML: {error}") from error
     if values is None:
         values = {}
@@ -323,22 +342,40 @@ def _from_config(config: FGDConfig | Mapping[str, Any] | str | Path | None) -> t
     return str(path), values
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long, or with a zero character: no file has such a name
+        return False
+
+
 def _parse_yaml(text: str) -> Any:
     """Plain values from YAML as OmegaConf reads it: 1e-3 is a number, a key that is given twice is an error.
 
     Raises:
-        ValueError: the text is no valid YAML.
+        ValueError: the text is no valid YAML, or unreasonably long or deep.
     """
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"it has {len(text)} characters; at most {MAX_TEXT} are read")
     try:
+        aliases = depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            aliases += isinstance(event, yaml.AliasEvent)
+            # an alias that repeats aliases multiplies: a short text could fill the memory
+            if depth > MAX_DEPTH or aliases > MAX_ALIASES:
+                raise ValueError(f"it is nested more than {MAX_DEPTH} deep, or has more than {MAX_ALIASES} aliases")
         # a list with the text as its one element, so that plain values are read as well
         indented = "".join(f"  {line}\n" for line in text.splitlines()) or "  null\n"
         return OmegaConf.to_container(OmegaConf.create(f"-\n{indented}"), resolve=False)[0]  # type: ignore[index]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(" ".join(str(error).split())) from error
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 def _from_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -361,6 +398,8 @@ def _from_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> tuple[str, 
 
 
 def _key_value(text: str) -> tuple[str, Any]:
+    if not isinstance(text, str):
+        raise ConfigError(f"An override is a {type(text).__name__}; expected a text key=value.")
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"The override {text!r} cannot be read; expected key=value.")
@@ -368,6 +407,33 @@ def _key_value(text: str) -> tuple[str, Any]:
         return key, None if value.lower() == "none" else _parse_yaml(value)
     except ValueError as error:
         raise ConfigError(f"The override {text!r} cannot be read: {error}") from error
+
+
+def _check_extent(values: Any, source: str, left: list[int] | None = None, depth: int = 0) -> None:
+    """Refuse what no configuration holds: endless nesting, thousands of values, keys that are no text, huge numbers.
+
+    Args:
+        values: anything.
+        source: where it is from, for the message.
+        left: one number: how many more values there may be.
+        depth: how many containers ``values`` is in.
+    """
+    left = [MAX_VALUES] if left is None else left
+    left[0] -= 1
+    if depth > MAX_DEPTH or left[0] < 0:
+        raise ConfigError(f"{source}: nested more than {MAX_DEPTH} deep, or more than {MAX_VALUES} values.")
+    if isinstance(values, int) and not -(2**63) <= values < 2**63:
+        raise ConfigError(f"{source}: a whole number of {values.bit_length()} bits; at most 64 are possible.")
+    if dataclasses.is_dataclass(values):
+        values = vars(values)
+    if isinstance(values, Mapping):
+        for key in values:
+            if not isinstance(key, str):
+                raise ConfigError(f"{source}: a key is a {type(key).__name__}; expected a text. Put it into quotes.")
+        values = list(values.values())
+    if isinstance(values, (list, tuple)):
+        for value in values:
+            _check_extent(value, source, left, depth + 1)
 
 
 def _check_keys(values: Mapping[str, Any], source: str, schema: type = FGDConfig, prefix: str = "") -> None:

@@ -1,4 +1,5 @@
 import dataclasses
+import time
 
 import pytest
 
@@ -125,3 +126,89 @@ def test_known_keys_cover_every_field():
     keys = known_keys()
     assert {"weight", "balance", "balance.ratio", "schedule.stop_epoch", "teacher.dtype"} <= set(keys)
     assert len([k for k in keys if "." not in k]) == len(dataclasses.fields(FGDConfig))
+
+
+def nested(depth):
+    return "[" * depth + "]" * depth
+
+
+LAUGHS = "\n".join(
+    [
+        "loss:",
+        " options:",
+        "  l0: &l0 [ha, ha]",
+        *(f"  l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]" for n in range(1, 10)),
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        LAUGHS,
+        "levels: " + nested(5000),
+        "loss: {options: {a: " + nested(30) + "}}",
+        "loss: {options: {" + ", ".join(f"a{n}: 1" for n in range(9999)) + "}}",
+        "# " + "x" * 70_000,
+        " " * 300_000,
+        "loss: &a {options: *a}",
+        "weight: " + "9" * 400,
+        "every: 0x" + "f" * 5000,
+        "weight: !!python/object/apply:os.mkdir ['exploded']",
+        "loss: {options: {1: 2}}",
+        "weight: \x00",
+    ],
+    ids=lambda text: text[:30],
+)
+def test_a_malicious_file_is_refused_quickly(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    before = time.process_time()
+    with pytest.raises(ConfigError, match=r"mine\.yaml"):
+        load_config(file)
+    assert time.process_time() - before < 10
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    (tmp_path / "mine.yaml").write_bytes(b"weight: \xff\xfe")
+    with pytest.raises(ConfigError, match=r"mine\.yaml"):
+        load_config(tmp_path / "mine.yaml")
+
+
+def test_endless_and_huge_values_in_python():
+    circle = {}
+    circle["loss"] = circle
+    ring = []
+    ring.append(ring)
+    tree = [1]
+    for _ in range(15):
+        tree = [tree] * 10  # a few objects that stand for 10**15
+    for values in (
+        circle,
+        {"loss": {"options": {"a": ring}}},
+        {"loss": {"options": {"a": tree}}},
+        {"weight": 10**5000},
+        {"every": -(10**400)},
+        {10**5000: 1},
+        {"loss": {"options": {1: 2}}},
+        3,
+    ):
+        with pytest.raises(ConfigError):
+            load_config(values)
+    for overrides in (["loss.options." + "a." * 5000 + "b=1"], ["a." * 5000 + "b=1"], [3], {"weight": 10**400}):
+        with pytest.raises(ConfigError):
+            load_config(None, overrides)
+
+
+def test_names_that_no_file_can_have():
+    for name in ("a\0b", "a" * 5000):
+        with pytest.raises(FileNotFoundError):
+            load_config(name)
+
+
+def test_a_reference_to_the_environment_stays_a_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "hush")
+    (tmp_path / "mine.yaml").write_text("adapter: ${oc.env:SECRET}")
+    assert load_config(tmp_path / "mine.yaml").adapter == "${oc.env:SECRET}"
