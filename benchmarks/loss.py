@@ -23,6 +23,7 @@ from torch import Tensor
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.common import machine
 from benchmarks.reference_loss import ReferenceFGD
 from fgd_hooks.losses import FGDLoss
 from fgd_hooks.masks import PackedBoxes
@@ -146,6 +147,33 @@ def _resident(key: str) -> int:
     return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
 
 
+def copy_bandwidth(images: int, height: int, width: int, device: str) -> float:
+    """Bytes per second, read and written, of a copy of one feature."""
+    source = torch.randn(images, CHANNELS, height, width, device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(10):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        target.copy_(source)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * source.numel() * source.element_size() / best
+
+
+def bandwidth_fraction(row: dict[str, Any], device: str) -> float:
+    """The speed at which a level moves the least bytes there are to move, as a fraction of a copy's.
+
+    Those are five features: both are read forward and backward, and the student's gradient is written.
+    """
+    images, channels, height, width = (int(number) for number in row["level"].split("x"))
+    least = 5 * images * channels * height * width * 4
+    reached = least / (1e-3 * row["fgd_hooks_ms"])
+    return round(float(reached / copy_bandwidth(images, height, width, device)), 3)
+
+
 def measure_memory(size: int, device: str) -> dict[str, float]:
     """Peak memory of both implementations, each in a process of its own."""
     peaks = {}
@@ -172,17 +200,27 @@ def main() -> None:
         print(peak_memory(options.peak, options.size, options.device))
         return
     rows = []
-    print(f"{'set':9} {'level':>17} {'fgd_hooks ms':>13} {'reference ms':>13} {'ratio':>7}")
+    print(f"{'set':9} {'level':>17} {'fgd_hooks ms':>13} {'reference ms':>13} {'ratio':>7} of copy bandwidth")
     for name in options.sets:
         for row in time_set(name, options.rounds, options.device):
             rows.append(row)
+            if row["level"] != "sum":
+                row["of_copy_bandwidth"] = bandwidth_fraction(row, options.device)
             print(
-                "{set:9} {level:>17} {fgd_hooks_ms:13.3f} {reference_ms:13.3f} {ratio:7.2f}".format(**row), flush=True
+                "{set:9} {level:>17} {fgd_hooks_ms:13.3f} {reference_ms:13.3f} {ratio:7.2f}".format(**row),
+                row.get("of_copy_bandwidth", ""),
+                flush=True,
             )
     peaks = measure_memory(options.size, options.device)
     print(f"peak memory at 8x{CHANNELS}x{options.size}x{options.size}, in features:", peaks)
     if options.json:
-        result = {"torch": torch.__version__, "device": options.device, "times": rows, "peak_features": peaks}
+        result = {
+            "machine": machine(),
+            "device": options.device,
+            "rounds": options.rounds,
+            "times": rows,
+            "peak_features": peaks,
+        }
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 

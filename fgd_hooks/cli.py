@@ -1,4 +1,4 @@
-"""The ``fgd`` command: train, levels, eval, quickstart."""
+"""The ``fgd`` command: train, doctor, levels, eval, compare, quickstart."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from fgd_hooks.adapters import automatic_adapter
-from fgd_hooks.config import ConfigError, load_config
+from fgd_hooks.config import ConfigError, FGDConfig, load_config
 from fgd_hooks.health import NonFiniteError
 from fgd_hooks.evaldata import DataError
+from fgd_hooks.integrations.ultralytics_version import VersionError
 from fgd_hooks.pyramid import Level, LevelPair, PairingError, find_levels, pair_levels
 from fgd_hooks.quickstart.processes import QuickstartError
 from fgd_hooks.registry import UnknownNameError, suggestion
+from fgd_hooks.runfolder import RunError
 from fgd_hooks.sidefile import SideFileError
 from fgd_hooks.taps import TapError
 from fgd_hooks.teacher import TeacherError
@@ -27,10 +29,12 @@ USER_ERRORS = (
     NonFiniteError,
     PairingError,
     QuickstartError,
+    RunError,
     SideFileError,
     TapError,
     TeacherError,
     UnknownNameError,
+    VersionError,
 )
 
 TRAIN_EPILOG = """\
@@ -43,6 +47,16 @@ keys:
   config=    YAML file with the settings of the distillation
   fgd.*=     single settings of the distillation; they win over config=
   all other keys go to Ultralytics' model.train() unchanged
+"""
+
+
+DOCTOR_EPILOG = """\
+example:
+  fgd doctor teacher=yolo26s.pt model=yolo26n.pt data=coco8.yaml imgsz=640
+
+keys: those of fgd train, with data= required as well. Nothing is trained, and no run is left behind.
+
+exit code: 0 no red finding (with --strict: all green), 1 otherwise, 2 a mistake on the command line or a missing file
 """
 
 
@@ -60,6 +74,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     train.add_argument("settings", nargs="*", metavar="key=value")
     train.set_defaults(run=_train)
 
+    doctor = commands.add_parser(
+        "doctor",
+        help="check a distillation before the training: takes what train takes",
+        epilog=DOCTOR_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    doctor.add_argument("settings", nargs="*", metavar="key=value")
+    doctor.add_argument("--strict", action="store_true", help="exit code 1 for yellow findings as well")
+    doctor.add_argument("--json", type=Path, help="file to write the findings to")
+    doctor.set_defaults(run=_doctor)
+
     levels = commands.add_parser("levels", help="show a model's feature levels, and how a teacher's pair with them")
     levels.add_argument("model", help="YOLO weights or yaml file (the student)")
     levels.add_argument("teacher", nargs="?", help="YOLO weights or yaml file")
@@ -73,6 +98,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     evaluate.add_argument("--json", type=Path, help="file to write the numbers to")
     evaluate.set_defaults(run=_eval)
+
+    show = commands.add_parser("show", help="pictures of what teacher and student attend to, as PNG files")
+    show.add_argument(
+        "settings",
+        nargs="*",
+        metavar="key=value",
+        help="student=, teacher= and data= (required), images= (4; or files), split=, imgsz=, out=, top=, config=, fgd.*=",
+    )
+    show.set_defaults(run=_show)
+
+    compare = commands.add_parser("compare", help="tables and curves of several runs; seeds of one arm are averaged")
+    compare.add_argument("folders", nargs="+", metavar="RUN", help="folder of an Ultralytics run")
+    compare.add_argument("--data", help="data yaml or COCO json to measure the weights on (AP by class and size)")
+    compare.add_argument("--split", default="val", help="split of the data yaml")
+    compare.add_argument("--weights", choices=("last", "best"), default="last", help="which weights to measure")
+    compare.add_argument("--device", help="where to measure them, as in Ultralytics")
+    compare.add_argument("--json", type=Path, help="file to write everything to")
+    compare.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
+    compare.add_argument("--out", type=Path, help="folder to draw curves.png in")
+    compare.set_defaults(run=_compare)
 
     quickstart = commands.add_parser(
         "quickstart", help="watch a small YOLO learn from a bigger one, on drawn data, without any download"
@@ -109,14 +154,27 @@ def key_values(settings: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def _train(arguments: argparse.Namespace) -> None:
+def _training_settings(arguments: argparse.Namespace, *more: tuple[str, str]) -> tuple[dict[str, Any], FGDConfig]:
+    """The settings for Ultralytics, with teacher and model, and the distillation's configuration.
+
+    Args:
+        arguments: of the command.
+        *more: keys that are required besides teacher and model, with what they mean.
+
+    Raises:
+        ConfigError: a key is missing, unknown, given twice, or has an impossible value.
+    """
     ours = [text.removeprefix("fgd.") for text in arguments.settings if text.startswith("fgd.")]
     rest = [text for text in arguments.settings if not text.startswith("fgd.")]
     settings = key_values(rest)
-    for key, meaning in (("teacher", "weights of the teacher"), ("model", "weights or yaml of the student")):
+    for key, meaning in (("teacher", "weights of the teacher"), ("model", "weights or yaml of the student"), *more):
         if not settings.get(key):
-            raise ConfigError(f"{key}= is missing ({meaning}); see fgd train --help.")
-    config = load_config(settings.pop("config", None), ours)
+            raise ConfigError(f"{key}= is missing ({meaning}); see fgd {arguments.command} --help.")
+    return settings, load_config(settings.pop("config", None), ours)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    settings, config = _training_settings(arguments)
 
     from fgd_hooks.integrations.ultralytics import FGDCallback
 
@@ -129,6 +187,25 @@ def _train(arguments: argparse.Namespace) -> None:
         model.train(**settings)
     except SyntaxError as error:  # Ultralytics' own word for an unknown key
         raise ConfigError(str(error)) from error
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    import json
+
+    from rich.console import Console
+
+    from fgd_hooks.distiller import check_names
+    from fgd_hooks.integrations.ultralytics_doctor import diagnose
+
+    settings, config = _training_settings(arguments, ("data", "yaml file of the data set"))
+    check_names(config)
+    check_data(str(settings["data"]))
+    teacher, model, data = (str(settings.pop(key)) for key in ("teacher", "model", "data"))
+    report = diagnose(teacher, load_yolo(model), data, config, settings)
+    Console().print(report)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report.to_dict(), indent=1, allow_nan=False), encoding="utf-8")
+    return int(report.status == "red" or (arguments.strict and report.status == "yellow"))
 
 
 def load_yolo(model: str) -> Any:
@@ -239,6 +316,38 @@ def _eval(arguments: argparse.Namespace) -> None:
     Console().print(result)
     if arguments.json:
         arguments.json.write_text(json.dumps(result.to_dict(), indent=1), encoding="utf-8")
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    from fgd_hooks.show import show_command
+
+    ours = [text.removeprefix("fgd.") for text in arguments.settings if text.startswith("fgd.")]
+    show_command(key_values([text for text in arguments.settings if not text.startswith("fgd.")]), ours)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    import json
+
+    from rich.console import Console
+
+    from fgd_hooks.compare import compare
+
+    result = compare(
+        arguments.folders,
+        data=arguments.data,
+        split=arguments.split,
+        weights=arguments.weights,
+        device=arguments.device,
+    )
+    if arguments.markdown:
+        print(result.markdown())
+    else:
+        Console().print(result)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result.to_dict(), indent=1), encoding="utf-8")
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        result.draw(arguments.out / "curves.png")
 
 
 def _quickstart(arguments: argparse.Namespace) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,14 @@ from fgd_hooks.adapters import create_adapter, list_adapters
 from fgd_hooks.balance import Balance
 from fgd_hooks.config import ConfigError, FGDConfig, LossConfig, load_config
 from fgd_hooks.distributed import is_distributed
+from fgd_hooks.doctor import Optimizers, examine
+from fgd_hooks.findings import Report
 from fgd_hooks.health import GradientGuard, StepHealth, zero_unless_finite
 from fgd_hooks.losses import PRESETS, LossResult, create_loss, list_losses
 from fgd_hooks.masks import PackedBoxes, check_boxes
-from fgd_hooks.pyramid import Level, LevelPair, find_levels, pair_levels
+from fgd_hooks.pyramid import Level, LevelPair, find_levels, find_sources, pair_levels
 from fgd_hooks.registry import suggestion
+from fgd_hooks.savedstate import check_count, check_tensor
 from fgd_hooks.schedule import Clock, schedule_factor
 from fgd_hooks.taps import FeatureTaps, TapError, unwrap
 from fgd_hooks.teacher import FrozenTeacher, check_apart
@@ -94,12 +99,12 @@ class Distiller(nn.Module):
         check_names(config)
         student, teacher = unwrap(student), unwrap(teacher)
         check_apart(student, teacher)
-        self.pairs = self._choose(
-            pair_levels(
-                find_levels(student, config.student_taps, example=example, role="student"),
-                find_levels(teacher, config.teacher_taps, example=example, role="teacher"),
-            )
+        self._student = weakref.ref(student)
+        self.found_levels = (
+            find_levels(student, config.student_taps, example=example, role="student"),
+            find_levels(teacher, config.teacher_taps, example=example, role="teacher"),
         )
+        self.pairs = self._choose(pair_levels(*self.found_levels))
         self.adapters = nn.ModuleDict()
         self.losses = nn.ModuleDict()
         for pair in self.pairs:
@@ -114,7 +119,9 @@ class Distiller(nn.Module):
         for parameter in self.parameters():
             parameter.register_hook(zero_unless_finite)
         self._teacher = FrozenTeacher(teacher, [pair.teacher.tap for pair in self.pairs], config.teacher)
-        self.taps = FeatureTaps(student, [pair.student.tap for pair in self.pairs], role="student", grad_only=True)
+        taps = [pair.student.tap for pair in self.pairs]
+        sources = find_sources(student, taps, example=example)
+        self.taps = FeatureTaps(student, taps, role="student", grad_only=True, sources=sources)
 
     @property
     def level_names(self) -> list[str]:
@@ -125,6 +132,18 @@ class Distiller(nn.Module):
     def part_names(self) -> list[str]:
         """Names of the loss's parts, the keys of :attr:`Distilled.parts`."""
         return list(next(iter(self.losses.values())).part_names)  # type: ignore[arg-type]
+
+    @property
+    def student(self) -> nn.Module:
+        """The student, unwrapped.
+
+        Raises:
+            RuntimeError: it exists no more; the Distiller does not keep it alive.
+        """
+        student = self._student()
+        if student is None:
+            raise RuntimeError("The student of this Distiller has been deleted; build a Distiller for the new one.")
+        return student
 
     def set_epoch(self, epoch: int, epochs: int | None = None) -> None:
         """Tell the schedule which epoch begins (from 0) and how many there will be."""
@@ -179,17 +198,10 @@ class Distiller(nn.Module):
         self._check_gradient(features)
         device = features[0].device
         self._teacher.to(device)
-        if not isinstance(boxes, PackedBoxes):
-            if canvas is None:
-                if not isinstance(images, Tensor):
-                    raise ValueError(
-                        f"images is a {type(images).__name__}, so the size that the feature maps cover is not known: "
-                        "pass canvas=(h, w), the padded size in pixels, and boxes in pixels of it."
-                    )
-                canvas = (int(images.shape[-2]), int(images.shape[-1]))
-            if self._health.steps < 3:
-                check_boxes(boxes, canvas)  # mistakes of format and unit show at once; a GPU waits for this check
-            boxes = PackedBoxes.from_list(boxes, canvas, device)
+        given = boxes
+        boxes = self.pack(images, boxes, canvas, device)
+        if given is not boxes and self._health.steps < 3:
+            check_boxes(boxes)  # mistakes of format and unit show at once; a GPU waits for this check
         if boxes.num_images != features[0].shape[0]:
             raise ValueError(
                 f"There are boxes for {boxes.num_images} image(s), but the student's features hold "
@@ -199,7 +211,7 @@ class Distiller(nn.Module):
         self.balance.to(device)
         measuring = self.balance.next_step()
         if measuring:
-            features = self.balance.observe(features, weight)
+            features = self.balance.observe(features, weight, self.taps.meters)
         guard = GradientGuard()
         results = [
             self._level(pair, guard.watch(feature), target, boxes)
@@ -224,9 +236,14 @@ class Distiller(nn.Module):
         """
         adapter = self.adapters[pair.name]
         own = next(adapter.parameters(), None)
-        if own is not None and not torch.is_autocast_enabled(student.device.type):
-            student = student.to(own.dtype)  # a student that ran under autocast, or in half precision
-        adapted: Tensor = adapter(student)
+        kind = student.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        # float16 ends at 65504: a loss scaler's factor would overflow the gradients of the adapter's weights
+        narrow = autocast and torch.get_autocast_dtype(kind) is torch.float16
+        with torch.autocast(kind, enabled=False) if narrow else contextlib.nullcontext():
+            if own is not None and (narrow or not autocast):
+                student = student.to(own.dtype)  # a student that ran under autocast, or in half precision
+            adapted: Tensor = adapter(student)
         if adapted.shape[2:] != tuple(size):
             if not self.config.resize:
                 raise ValueError(
@@ -235,6 +252,59 @@ class Distiller(nn.Module):
                 )
             adapted = nn.functional.interpolate(adapted, tuple(size), mode="bilinear", align_corners=False)
         return adapted
+
+    @staticmethod
+    def pack(
+        images: Any, boxes: Sequence[Tensor] | PackedBoxes, canvas: tuple[int, int] | None, device: torch.device
+    ) -> PackedBoxes:
+        """The boxes as :meth:`forward` takes them, packed on ``device``; packed ones are passed through.
+
+        Raises:
+            ValueError: another form than a list of (n, 4) tensors, or the canvas is not known.
+        """
+        if isinstance(boxes, PackedBoxes):
+            return boxes
+        if canvas is None:
+            if not isinstance(images, Tensor):
+                raise ValueError(
+                    f"images is a {type(images).__name__}, so the size that the feature maps cover is not known: "
+                    "pass canvas=(h, w), the padded size in pixels, and boxes in pixels of it."
+                )
+            canvas = (int(images.shape[-2]), int(images.shape[-1]))
+        return PackedBoxes.from_list(boxes, canvas, device)
+
+    def check(
+        self,
+        images: Any,
+        boxes: Sequence[Tensor] | PackedBoxes,
+        *,
+        loss: Callable[[], Tensor],
+        optimizer: Optimizers | None = None,
+        canvas: tuple[int, int] | None = None,
+    ) -> Report:
+        """Examine the whole distillation on one batch, and leave no trace in models, gradients and random state.
+
+        ::
+
+            report = distiller.check(
+                images, boxes, loss=lambda: criterion(student(images), targets), optimizer=optimizer
+            )
+            print(report)
+
+        The student runs five times and the teacher three times. Set the student to train mode before, as in training.
+
+        Args:
+            images: as for :meth:`forward`.
+            boxes: as for :meth:`forward`.
+            loss: runs the student on this batch and gives the task's loss, one number; it is called several times and
+                must not call ``backward`` or ``step``.
+            optimizer: the one (or those) that shall train the adapters and context blocks; None: not checked, and said.
+            canvas: as for :meth:`forward`.
+
+        Raises:
+            ValueError: gradients are switched off, or ``loss`` does not give one number.
+        """
+        return examine(self, images, boxes, loss=loss, optimizer=optimizer, canvas=canvas)
 
     def _level(self, pair: LevelPair, student: Tensor, teacher: Tensor, boxes: PackedBoxes) -> LossResult:
         adapted = self.adapt(pair, student, teacher.shape[2:])
@@ -324,6 +394,8 @@ class Distiller(nn.Module):
         Raises:
             ValueError: it is the state of other levels, adapters or losses, or it is damaged.
         """
+        if not isinstance(state, Mapping):
+            raise ValueError(f"The saved state is a {type(state).__name__}; expected what training_state() gave.")
         mine = {
             "levels": [signature(pair) for pair in self.pairs],
             "loss": self.config.loss.name,
@@ -331,24 +403,25 @@ class Distiller(nn.Module):
         }
         for key, expected in mine.items():
             found = state.get(key)
+            texts = found if isinstance(found, list) else [found]
+            if not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"The saved state is damaged: its {key} is missing or no text; remove the file.")
             if found != expected:
                 raise ValueError(
-                    f"The saved state belongs to another distillation: its {key} is {found!r}, here it is "
+                    f"The saved state belongs to another distillation: its {key} is {str(found)[:500]!r}, here it is "
                     f"{expected!r}. Use the student, teacher and configuration it was saved with, or remove the file."
                 )
-        modules, own = state.get("modules"), self.state_dict()
-        shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
-        if (
-            not isinstance(modules, Mapping)
-            or not all(isinstance(tensor, Tensor) for tensor in modules.values())
-            or {name: tuple(tensor.shape) for name, tensor in modules.items()} != shapes
-            or not isinstance(state.get("step"), int)
-            or not isinstance(state.get("balance"), Mapping)
-        ):
+        modules, own, balance = state.get("modules"), self.state_dict(), state.get("balance")
+        if not isinstance(modules, Mapping) or set(modules) != set(own) or not isinstance(balance, Mapping):
             raise ValueError("The saved state does not hold the tensors of these adapters and losses; remove the file.")
-        self.balance.load_state_dict(state["balance"])
+        trained = {name for name, _ in self.named_parameters()}
+        for name, tensor in own.items():
+            # statistics of a batch normalisation may hold NaN: while training they are not used
+            check_tensor(name, modules[name], tensor, finite=name in trained)
+        step = check_count("number of steps", state.get("step"))
+        self.balance.load_state_dict(dict(balance))
         self.load_state_dict(dict(modules))
-        self.clock.step = state["step"]
+        self.clock.step = step
 
     def describe(self) -> str:
         """One line per level: what is distilled into what, and the trained parameters."""

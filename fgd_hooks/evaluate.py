@@ -26,7 +26,7 @@ import contextlib
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -89,6 +89,7 @@ def evaluate(
     iou: float = 0.7,
     max_dets: int = 100,
     match: Match = "name",
+    limit: int | None = None,
 ) -> Evaluation:
     """Measure a model with COCO metrics.
 
@@ -109,13 +110,14 @@ def evaluate(
         max_dets: detections per image and class that pycocotools counts.
         match: how the data's classes go with the model's. ``name``: same names, which for a COCO json may come in
             another order; ``order``: first with first, whatever the names (a json's categories by ascending id).
+        limit: measure on this many images only, evenly spread over the split; None: on all.
 
     Raises:
         FileNotFoundError: model, data file, images or labels are missing; the message says where they were looked for.
         DataError: the data are malformed or the classes of model and data do not go together.
     """
-    truth = read_data(_data_file(data), split, images)
-    yolo = _load(model)
+    truth = _some_images(read_data(data_file(data), split, images), limit)
+    yolo = load_detector(model)
     names = {int(k): str(v) for k, v in dict(yolo.names).items()}
     to_model = _class_map(truth, names, match)
     arguments: dict[str, Any] = {"batch": batch, "conf": conf, "iou": iou}
@@ -136,6 +138,23 @@ def evaluate(
     )
 
 
+def _some_images(truth: EvalData, limit: int | None) -> EvalData:
+    """At most ``limit`` images, evenly spread.
+
+    Raises:
+        DataError: the limit is below 1, or none of these images has a box.
+    """
+    count = len(truth.images)
+    if limit is None or limit >= count:
+        return truth
+    if limit < 1:
+        raise DataError(f"limit is {limit}; expected a number of images, 1 or more")
+    images = tuple(truth.images[number * count // limit] for number in range(limit))
+    if not any(len(image.labels) for image in images):
+        raise DataError(f"{truth.source}: {limit} of {count} images, evenly spread, have no box; raise the limit")
+    return replace(truth, images=images)
+
+
 @contextlib.contextmanager
 def quiet_ultralytics() -> Iterator[None]:
     """Let Ultralytics log errors only, and draw no progress bars, until the block ends."""
@@ -149,7 +168,7 @@ def quiet_ultralytics() -> Iterator[None]:
         LOGGER.setLevel(before)
 
 
-def _data_file(data: str | Path) -> Path:
+def data_file(data: str | Path) -> Path:
     """The data file; the bare name of a yaml that comes with Ultralytics (``coco8.yaml``) means that one."""
     file = Path(data)
     if not file.exists() and file.suffix in (".yaml", ".yml") and len(file.parts) == 1:
@@ -161,8 +180,13 @@ def _data_file(data: str | Path) -> Path:
     return file
 
 
-def _load(model: Any) -> Any:
-    """An Ultralytics model from a file, or the object itself; a detector in either case."""
+def load_detector(model: Any) -> Any:
+    """An Ultralytics model from a file, or the object itself; a detector in either case.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DataError: it cannot be loaded, or is no detector.
+    """
     if isinstance(model, (str, Path)):
         from ultralytics import YOLO
         from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES

@@ -129,4 +129,5 @@ def zero_unless_finite(gradient: Tensor | None) -> Tensor | None:
     """Gradient hook of adapters and context blocks (None for one whose part has the weight 0)."""
     if gradient is None:
         return None
-    return torch.where(torch.isfinite(gradient).all(), gradient, torch.zeros_like(gradient))
+    largest = torch.linalg.vector_norm(gradient, float("inf"))  # NaN stays NaN; three launches instead of seven in all
+    return torch.where(largest < float("inf"), gradient, 0.0)

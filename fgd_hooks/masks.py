@@ -18,9 +18,10 @@ from torch import Tensor
 Canvas = Sequence[float] | Sequence[Sequence[float]] | Tensor
 """The image area in pixels that a feature map covers: one ``(h, w)`` for all images, or one per image."""
 
-# Largest (boxes x cells) product held at once: 4 MiB of float32 stays in a CPU's cache; a GPU wants fewer launches.
-_CPU_CHUNK = 1 << 20
-_GPU_CHUNK = 1 << 25
+# Largest (boxes x cells) product held at once, so that memory does not grow with the boxes: 1 MiB of float32 stays in a
+# CPU's cache; a GPU wants fewer launches.
+_CPU_CHUNK = 1 << 18
+_GPU_CHUNK = 1 << 23
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import random
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fgd_hooks.taps import FeatureTaps, Tap, TapError, expand_taps, first_argument, run_until_tapped, unwrap
+from fgd_hooks.traces import RandomState
 
 logger = logging.getLogger("fgd_hooks")
 
@@ -66,11 +65,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """
     modules = list(model.modules())
     saved = [dict(vars(module)) for module in modules]
-    python_random, numpy = random.getstate(), sys.modules.get("numpy")
-    numpy_random = numpy.random.get_state() if numpy else None
-    devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
+    state = RandomState.now(model)
     try:
-        with torch.random.fork_rng(devices=[d.index for d in devices]), torch.no_grad():
+        with torch.no_grad():
             for module in modules:
                 module.training = False
             yield
@@ -78,9 +75,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for module, attributes in zip(modules, saved, strict=True):
             vars(module).clear()
             vars(module).update(attributes)
-        random.setstate(python_random)
-        if numpy:
-            numpy.random.set_state(numpy_random)
+        state.restore()
 
 
 def probe_input(model: nn.Module, size: int = PROBE_SIZE) -> Tensor:
@@ -122,6 +117,40 @@ def find_levels(
                 found = list(zip(named, run_until_tapped(model, probe, example), strict=True))
     levels = [_measure(tap, feature, canvas) for tap, feature in found]
     return sorted(levels, key=lambda level: level.stride)
+
+
+def find_sources(model: nn.Module, taps: Sequence[Tap], *, example: Any = None) -> list[str | None]:
+    """The module that returns the map which a tap sees, perhaps as the input of another (the layers that feed a head).
+
+    Args:
+        model: as for :func:`find_levels`.
+        taps: resolved taps.
+        example: as for :func:`find_levels`.
+
+    Returns:
+        One name per tap; None for a map that no module returns as it is (a sum, or an entry of a dict).
+    """
+    model = unwrap(model)
+    made: dict[int, tuple[Tensor, str]] = {}  # the tensors too: an id is reused once its owner is gone
+    sources: dict[Tap, str] = {tap: tap.module for tap in taps if tap.io == "output" and not tap.index}
+
+    def see(tap: Tap, value: Any) -> None:
+        if tap.io == "output":
+            if isinstance(value, Tensor):
+                made[id(value)] = value, tap.module
+            return
+        for wanted in taps:
+            if (wanted.module, wanted.io) == (tap.module, "input"):
+                item = value
+                for key in wanted.index:
+                    item = item[key]
+                if id(item) in made:
+                    sources[wanted] = made[id(item)][1]
+
+    if any(tap.io == "input" for tap in taps):
+        with untouched(model):
+            _observe(model, probe_input(model) if example is None else example, see)
+    return [sources.get(tap) for tap in taps]
 
 
 def _canvas(example: Any) -> tuple[int, int]:

@@ -164,6 +164,34 @@ class _Hook(LiveHook):
             self.owner._capture(self.members, value if self.io == "output" else first_argument(args, value))
 
 
+class _NormOfGradient(torch.autograd.Function):
+    """The identity; the norm of the gradient that comes back arrives as the gradient of ``meter``, a scalar."""
+
+    @staticmethod
+    def forward(ctx: Any, feature: Tensor, meter: Tensor) -> Tensor:
+        return feature.view_as(feature)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return gradient, torch.linalg.vector_norm(gradient, dtype=torch.float32)
+
+
+class _Meter(LiveHook):
+    """Forward hook, only for a compiled model, of the module that a tapped feature comes from.
+
+    Inside a compiled graph a feature is no tensor of its own: no hook on it sees the gradient of the layers behind.
+    """
+
+    def __init__(self, owner: FeatureTaps, meter: Tensor) -> None:
+        self.owner = owner
+        self.meter = meter
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if torch.compiler.is_compiling() and self.owner.listening:
+            return _NormOfGradient.apply(output, self.meter)  # type: ignore[no-untyped-call]
+        return None
+
+
 class FeatureTaps:
     """Captures the feature maps of several taps of one model, batch by batch.
 
@@ -174,13 +202,22 @@ class FeatureTaps:
         grad_only: capture only while gradients are recorded. A student is validated under ``no_grad``, and its
             features must then not be kept.
         stop: leave the forward pass, by :class:`StopForward`, as soon as every tap has fired.
+        sources: for each tap the module that returns the map, if one does (see ``pyramid.find_sources``). While
+            compiled code runs, the norm of the gradient there is added to ``meters[k].grad`` in the backward pass.
 
     The hooks are registered at once and stay until :meth:`detach`. Features captured are handed out once, by
     :meth:`pop`, and forgotten.
     """
 
     def __init__(
-        self, model: nn.Module, taps: Sequence[Tap], *, role: str = "model", grad_only: bool = False, stop: bool = False
+        self,
+        model: nn.Module,
+        taps: Sequence[Tap],
+        *,
+        role: str = "model",
+        grad_only: bool = False,
+        stop: bool = False,
+        sources: Sequence[str | None] = (),
     ) -> None:
         self.taps = list(taps)
         self.role = role
@@ -201,6 +238,16 @@ class FeatureTaps:
                 self._handles.append(modules[name].register_forward_pre_hook(hook, with_kwargs=True))
             else:
                 self._handles.append(modules[name].register_forward_hook(hook))
+        device = next((parameter.device for parameter in unwrap(model).parameters()), None)
+        self.meters: list[Tensor | None] = []
+        for source in sources:
+            if source is None:
+                self.meters.append(None)
+                continue
+            meter = torch.zeros((), device=device, requires_grad=True)
+            self.meters.append(meter)
+            # before the hooks that capture: what they see has passed the meter
+            self._handles.append(modules[source].register_forward_hook(_Meter(self, meter), prepend=True))
 
     @property
     def listening(self) -> bool:
@@ -239,9 +286,16 @@ class FeatureTaps:
             raise TapError(
                 f"The {self.role}'s tap(s) {', '.join(missing)} did not fire. Either the {self.role}'s forward pass "
                 f"did not run before this call{' with gradients enabled' if self._grad_only else ''}, or it does not "
-                "pass through the tapped module; with torch.compile, tap before the first compiled call."
+                "pass through the tapped module. A student under torch.compile that ran before the taps were set "
+                "goes on without them: make the Distiller before the first compiled call, or call "
+                "torch.compiler.reset() after it."
             )
         return [features[position] for position in range(len(self.taps))]
+
+    @property
+    def captured(self) -> list[Tensor | None]:
+        """What :meth:`pop` would hand out now; None for a tap that has not fired."""
+        return [self._features.get(position) for position in range(len(self.taps))]
 
     def clear(self) -> None:
         """Forget what was captured."""
@@ -253,6 +307,16 @@ class FeatureTaps:
             handle.remove()
         self._handles.clear()
         self._features.clear()
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Listen inside this block, and go back to what was captured before at its end."""
+        enabled, features = self.enabled, self._features
+        self.enabled, self._features = True, {}
+        try:
+            yield
+        finally:
+            self.enabled, self._features = enabled, features
 
     @contextlib.contextmanager
     def only_here(self) -> Iterator[None]:

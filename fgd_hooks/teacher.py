@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fgd_hooks.config import TeacherConfig
-from fgd_hooks.taps import FeatureTaps, Tap, run_until_tapped, unwrap
+from fgd_hooks.taps import FeatureTaps, StopForward, Tap, TapError, run_until_tapped, unwrap
+
+logger = logging.getLogger("fgd_hooks")
 
 
 class TeacherError(ValueError):
@@ -39,9 +42,13 @@ class FrozenTeacher:
             parameter.requires_grad_(False)
         self.taps = FeatureTaps(self.model, taps, role="teacher", stop=True)
         self.taps.enabled = False
+        self._compiled: Callable[[Any], list[Tensor]] | None = torch.compile(self._whole) if config.compile else None
 
     def features(self, images: Any) -> list[Tensor]:
         """The features (N, C, H, W) of a batch, in the order of the taps, without gradient.
+
+        They are made under ``no_grad`` and not under ``inference_mode``: the losses and the teacher's context blocks
+        keep them for the backward pass, which autograd refuses for inference tensors. Nothing here holds on to them.
 
         Args:
             images: what the teacher is called with.
@@ -50,7 +57,31 @@ class FrozenTeacher:
             module.training = False  # somebody may have called train() since
         device_type = next((p.device.type for p in self.model.parameters()), "cpu")
         with torch.no_grad(), self._precision(device_type), self.taps.only_here():
-            return run_until_tapped(self.model, self.taps, images)
+            if self._compiled is None:
+                return run_until_tapped(self.model, self.taps, images)
+            try:
+                return self._compiled(images)
+            except TapError:
+                raise
+            except Exception as error:  # of the compiler, or of the model itself, which then comes again below
+                features = run_until_tapped(self.model, self.taps, images)
+                self._compiled = None
+                reason = " ".join(str(error).split("\n\n")[0].split())
+                logger.warning(
+                    "teacher.compile=true: compiling failed, the teacher runs as it is (%s: %s)",
+                    type(error).__name__,
+                    reason,
+                )
+                return features
+
+    def _whole(self, images: Any) -> list[Tensor]:
+        """What is compiled; written so that the compiler can trace the early exit."""
+        self.taps.clear()
+        try:  # noqa: SIM105
+            self.model(images)
+        except StopForward:
+            pass
+        return self.taps.pop()
 
     def _precision(self, device_type: str) -> contextlib.AbstractContextManager[Any]:
         if self.config.dtype == "auto":
@@ -67,6 +98,7 @@ class FrozenTeacher:
     def release(self) -> None:
         """Remove the hooks and give the model back with the training modes and requires_grad flags it had."""
         self.taps.detach()
+        self._compiled = None
         for module, mode in self._modes:
             module.training = mode
         for parameter, flag in self._flags:

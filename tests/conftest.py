@@ -80,6 +80,12 @@ def teacher_file(workplace: Path, data: Path) -> Path:
     return workplace / "teacher_run" / "weights" / "last.pt"
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Drawing takes longer than a tiny training; the tests of the pictures switch it on again."""
+    monkeypatch.setattr("fgd_hooks.integrations.ultralytics_pictures.PICTURED", 0)
+
+
 @pytest.fixture
 def train(data: Path, student_yaml: Path, tmp_path: Path):
     """``train(callback, **settings)``: train the tiny student; returns the YOLO object, its trainer inside."""

@@ -25,8 +25,10 @@ from torch import nn
 
 from fgd_hooks.config import FGDConfig, load_config
 from fgd_hooks.distiller import Distiller, check_names
+from fgd_hooks.integrations.ultralytics_record import named_config
 from fgd_hooks.integrations.ultralytics_run import TrainingRun
 from fgd_hooks.integrations.ultralytics_teacher import load_teacher
+from fgd_hooks.integrations.ultralytics_version import check_version
 from fgd_hooks.teacher import check_apart, check_finite
 
 EVENTS = (
@@ -36,6 +38,7 @@ EVENTS = (
     "on_train_epoch_end",
     "on_model_save",
     "on_fit_epoch_end",
+    "on_train_end",
     "teardown",
 )
 
@@ -75,12 +78,14 @@ class FGDCallback:
         Raises:
             TypeError: the model takes no callbacks.
             FileNotFoundError, TeacherError: the teacher cannot be loaded, is no detector, holds NaN, or is the student.
+            VersionError: Ultralytics is too old.
         """
         if not hasattr(model, "add_callback"):
             raise TypeError(
                 f"FGDCallback attaches to an ultralytics YOLO object or trainer, not to a {type(model).__name__}. For "
                 "a training loop of your own use fgd_hooks.Distiller."
             )
+        check_version()
         student = getattr(model, "model", None)
         if self.config.weight > 0:
             self._loaded = load_teacher(self.teacher, fuse=self.config.teacher.fuse)
@@ -122,7 +127,7 @@ class FGDCallback:
         teacher, self._loaded = self._loaded, None
         if teacher is None:
             teacher = load_teacher(self.teacher, fuse=self.config.teacher.fuse)
-        run = TrainingRun(trainer, teacher, self.config)
+        run = TrainingRun(trainer, teacher, named_config(self.config, self.teacher))
         self._runs[trainer] = run
         run.install()
 
@@ -145,6 +150,10 @@ class FGDCallback:
     def _on_fit_epoch_end(self, trainer: Any) -> None:
         if run := self._runs.get(trainer):
             run.log_epoch()
+
+    def _on_train_end(self, trainer: Any) -> None:
+        if run := self._runs.get(trainer):
+            run.log_run()
 
     def _teardown(self, trainer: Any) -> None:
         """The training has ended, by itself or by an error."""

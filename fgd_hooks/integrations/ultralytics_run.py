@@ -17,10 +17,15 @@ from torch import Tensor, nn
 from fgd_hooks.config import FGDConfig
 from fgd_hooks.distiller import Distilled, Distiller
 from fgd_hooks.distributed import is_distributed
+from fgd_hooks.integrations.ultralytics_compiled import DistillingLoss, drop_loss
+from fgd_hooks.integrations.ultralytics_pictures import AttentionWatch
+from fgd_hooks.integrations.ultralytics_record import save_settings, write_epoch, write_run
+from fgd_hooks.integrations.ultralytics_start import FirstLook, announce
 from fgd_hooks.integrations.ultralytics_teacher import fast_dtype
 from fgd_hooks.masks import PackedBoxes
-from fgd_hooks.monitor import distillation_scalars, write_scalars
-from fgd_hooks.sidefile import SideFileError, read_side_file, write_side_file
+from fgd_hooks.monitor import distillation_scalars, write_layout, write_scalars
+from fgd_hooks.savedstate import adamw_state, check_count
+from fgd_hooks.sidefile import SideFileError, read_side_file, remove_leftovers, write_side_file
 from fgd_hooks.taps import LiveHook, scrub, unwrap
 
 logger = logging.getLogger("ultralytics")  # the host's own console and log file
@@ -60,29 +65,36 @@ class TrainingRun:
         self.handles: list[Any] = []
         self.writer: Any = None
         self.owns_writer = False
-        if getattr(trainer.args, "compile", False):
-            logger.warning("FGD: compile=True is not supported with distillation; the student runs uncompiled.")
-            trainer.args.compile = False
-            trainer.model = self.model
+        self.watch: AttentionWatch | None = None
+        self.trained_epoch = -1
+        self.last_metrics: dict[str, float] = {}
+        self.write_failed = False
+        self.compiled = bool(getattr(trainer.args, "compile", False))
         if config.teacher.dtype == "auto" and not trainer.amp:
             config = copy.deepcopy(config)
             config.teacher.dtype = fast_dtype(trainer.device)
         with torch.random.fork_rng():
             torch.manual_seed(trainer.args.seed)  # adapters start alike in every run of one seed, on every rank
             self.distiller = Distiller(self.model, teacher.to(trainer.device), config)
-        self.distiller.taps.enabled = False
+        self.distiller.taps.enabled = self.compiled
         self.parallel: nn.Module = self.distiller
         self.parameters = list(self.distiller.parameters())  # none with identity adapters and a loss without weights
-        self.optimizer: torch.optim.Optimizer | None = None
+        self.first_look = FirstLook(self.distiller, self.parameters)
+        self.optimizer: torch.optim.AdamW | None = None
         if self.parameters:
             self.optimizer = torch.optim.AdamW(
-                self.parameters, lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay
+                self.parameters,
+                lr=config.optimizer.lr,
+                weight_decay=config.optimizer.weight_decay,
+                fused=trainer.device.type in ("cpu", "cuda"),  # one call instead of a dozen for each of 50 tensors
             )
 
     def install(self) -> None:
         """Register the hooks, read the side file when resuming, open TensorBoard."""
         trainer = self.trainer
         try:
+            if int(os.environ.get("RANK", -1)) <= 0:
+                remove_leftovers(Path(trainer.wdir) / SIDE_FILE)
             if self.parameters and is_distributed():
                 # our parameters are outside the trainer's DDP; without one of their own the ranks would drift apart.
                 # A part with the weight 0 leaves its context block without gradient
@@ -92,16 +104,21 @@ class TrainingRun:
                 )
             if trainer.resume:
                 self.resume()
-            self.handles = [
-                self.model.register_forward_pre_hook(_BatchSeen(self)),
-                self.model.register_forward_hook(_LossAdded(self)),
-                trainer.optimizer.register_step_post_hook(self.step),
-            ]
-            self.open_writer()
+            self.handles = [trainer.optimizer.register_step_post_hook(self.step)]
+            if self.compiled:
+                self.handles.append(DistillingLoss(self.model, self.add_loss_of))
+            else:
+                self.handles.append(self.model.register_forward_pre_hook(_BatchSeen(self)))
+                self.handles.append(self.model.register_forward_hook(_LossAdded(self)))
+            if is_first_rank():
+                save_settings(self.config, Path(trainer.save_dir))
+                self.open_writer()
         except BaseException:
             self.remove()
             raise
-        logger.info("FGD: %s", self.distiller.describe().replace("\n", "\nFGD: "))
+        if is_first_rank():
+            batch = int(trainer.batch_size) // max(1, int(trainer.world_size))
+            announce(self.distiller, batch, int(trainer.args.imgsz))
 
     def remove(self) -> None:
         """Leave model, optimizer and teacher as they were found."""
@@ -112,7 +129,7 @@ class TrainingRun:
         self.batch = self.distilled = self.task_loss = None
         if self.owns_writer and self.writer is not None:
             self.writer.close()
-        self.writer = None
+        self.writer = self.watch = None
 
     # the loss
 
@@ -127,13 +144,16 @@ class TrainingRun:
         """Forward hook of the model: append the distillation loss to the loss vector and to its named items."""
         batch, self.batch = self.batch, None
         self.distiller.taps.enabled = False
-        if batch is None:
-            return None
+        return None if batch is None else self.add_loss_of(batch, output)
+
+    def add_loss_of(self, batch: Any, output: Any) -> Any:
+        """What the model gives for a training batch, its loss vector and named items, with the distillation's."""
         loss, items = output
         images = batch["img"]
-        self.task_loss = loss.detach().sum()
-        per_image = self.task_loss / images.shape[0]
-        distilled: Distilled = self.parallel(images, boxes_of(batch), task_loss=per_image)
+        self.task_loss = loss.detach().sum() / images.shape[0]  # per image, as the parts
+        boxes = boxes_of(batch)
+        distilled: Distilled = self.parallel(images, boxes, task_loss=self.task_loss)
+        self.first_look.see(distilled, boxes)
         if self.distilled is None or not distilled.resting:
             self.distilled = distilled  # a step that rests goes on showing the last one's parts
         # Ultralytics' loss is the sum over the images of a batch, its items are per image
@@ -171,6 +191,7 @@ class TrainingRun:
         if ema is not None and ema is not self.ema_model:
             # NaN recovery made the EMA anew, as a copy of the hooked model, and went back to the last checkpoint
             scrub(ema)
+            drop_loss(ema)
             self.ema_model = ema
             with contextlib.suppress(FileNotFoundError):
                 self.load(trainer.wdir / SIDE_FILE)
@@ -179,6 +200,7 @@ class TrainingRun:
     def end_epoch(self) -> None:
         """Take in a measurement that the epoch's last step began; all ranks come here, before one of them saves."""
         self.distiller.balance.close()
+        self.trained_epoch = self.trainer.epoch
 
     def drop_stale_gradients(self) -> None:
         """Clear our gradients where the host has cleared its own without a step (a scaler's skip, out of memory)."""
@@ -197,23 +219,35 @@ class TrainingRun:
         try:
             write_side_file(self.trainer.wdir / SIDE_FILE, content)
         except OSError as error:
-            logger.warning("FGD: %s could not be written (%s); the training goes on.", SIDE_FILE, error)
+            if not self.write_failed:  # said once, and not in each epoch of a full disk
+                logger.warning(
+                    "FGD: %s could not be written (%s); the training goes on, and each epoch tries again.",
+                    SIDE_FILE,
+                    error,
+                )
+            self.write_failed = True
+            return
+        if self.write_failed:
+            logger.info("FGD: %s is written again.", SIDE_FILE)
+        self.write_failed = False
 
     def load(self, path: Path) -> int:
         """Read a side file; returns its epoch.
 
         Raises:
             FileNotFoundError: there is none.
-            SideFileError: it is damaged or belongs to another distillation.
+            SideFileError: it is damaged or belongs to another distillation; nothing is changed then.
         """
         content = read_side_file(path)
         try:
-            self.distiller.load_training_state(content["distiller"])
-            if self.optimizer is not None:
-                self.optimizer.load_state_dict(content["optimizer"])
-            return int(content["epoch"])
-        except (KeyError, TypeError, ValueError) as error:
+            epoch = check_count("epoch", content.get("epoch"))
+            own = adamw_state(self.optimizer, content.get("optimizer")) if self.optimizer else None
+            self.distiller.load_training_state(content.get("distiller", {}))
+        except ValueError as error:
             raise SideFileError(f"{path} does not fit this training: {error}") from error
+        if self.optimizer is not None and own is not None:
+            self.optimizer.load_state_dict(own)
+        return epoch
 
     def resume(self) -> None:
         """Go on from the side file next to the checkpoint that is resumed."""
@@ -232,7 +266,7 @@ class TrainingRun:
 
     def open_writer(self) -> None:
         """Use Ultralytics' writer where it has one, else one of our own in the same directory (rank 0 only)."""
-        if int(os.environ.get("RANK", -1)) > 0 or self.config.log_interval == 0:
+        if self.config.log_interval == 0:
             return
         from ultralytics.utils.callbacks import tensorboard
 
@@ -244,24 +278,45 @@ class TrainingRun:
                 logger.warning("FGD: tensorboard is not installed; its scalars are not written.")
                 return
             self.writer, self.owns_writer = SummaryWriter(str(self.trainer.save_dir)), True
+        write_layout(self.writer, self.distiller.level_names)
+        dataset = self.trainer.test_loader.dataset
+        self.watch = AttentionWatch(self.distiller, dataset, boxes_of, self.config.image_interval)
 
     def end_batch(self) -> None:
         """Write this step's scalars; the axis is the number of training steps."""
         self.drop_stale_gradients()
+        self.first_look.look(self.gradient_norm)
         clock = self.distiller.clock
         if self.writer is None or self.distilled is None or (clock.step - 1) % self.config.log_interval:
             return
-        scalars = distillation_scalars(self.distiller, self.distilled)
+        task_loss = float(self.task_loss) if self.task_loss is not None else None
+        scalars = distillation_scalars(self.distiller, self.distilled, task_loss)
         scalars["fgd/adapter_gradient_norm"] = self.gradient_norm
-        scalars["fgd/task_loss"] = float(self.task_loss) if self.task_loss is not None else 0.0
         write_scalars(self.writer, scalars, clock.step - 1)
 
     def log_epoch(self) -> None:
         """Write Ultralytics' own scalars of the epoch where it writes none itself; the axis is the epoch."""
         trainer = self.trainer
+        if trainer.epoch == self.trained_epoch:  # Ultralytics comes here once more, one epoch on, with best.pt
+            self.last_metrics = dict(trainer.metrics or {})
+            if self.writer is not None:
+                write_epoch(self.writer, trainer)
+            if self.watch is not None:
+                student = trainer.ema.ema if trainer.ema else self.model
+                self.watch.write(self.writer, student, trainer.epoch, last=trainer.stop)
         if self.owns_writer and self.writer is not None and trainer.tloss is not None:
             host = {**trainer.label_loss_items(trainer.tloss), **(trainer.metrics or {}), **trainer.lr}
             write_scalars(self.writer, {name: float(value) for name, value in host.items()}, trainer.epoch + 1)
+
+    def log_run(self) -> None:
+        """At the end of a training: write the run's row of TensorBoard's table of hyper-parameters (rank 0)."""
+        if self.writer is not None:
+            write_run(self.writer, self.trainer, self.config, self.last_metrics)
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that writes files."""
+    return int(os.environ.get("RANK", -1)) <= 0
 
 
 def config_has_zero_weights(config: FGDConfig) -> bool:
@@ -278,6 +333,7 @@ def boxes_of(batch: Mapping[str, Tensor]) -> PackedBoxes:
     images = batch["img"]
     height, width = int(images.shape[2]), int(images.shape[3])
     centre, extent = batch["bboxes"].to(images.device).float()[:, :4].split(2, dim=1)
-    size = torch.tensor([width, height], dtype=torch.float32).to(images.device)
-    boxes = torch.cat([centre - extent / 2, centre + extent / 2], dim=1) * size.repeat(2)
+    boxes = torch.cat([centre - extent / 2, centre + extent / 2], dim=1)
+    boxes[:, 0::2] *= width  # by numbers: a tensor of the two would make the host wait for the device
+    boxes[:, 1::2] *= height
     return PackedBoxes.from_flat(boxes, batch["batch_idx"].to(images.device), images.shape[0], (height, width))

@@ -198,7 +198,6 @@ def test_resume_without_a_side_file_says_so(train, teacher_file, tmp_path, caplo
         {"rect": True},
         {"mosaic": 1.0, "close_mosaic": 1, "epochs": 2},
         {"optimizer": "MuSGD"},
-        {"compile": True},
         {"single_cls": True},
     ],
     ids=lambda s: next(iter(s)),
@@ -256,7 +255,7 @@ def test_an_error_in_the_middle_leaves_no_hook(train, teacher_file, error):
     assert callback.distiller(kept[0]) is None
 
 
-def test_the_students_gradient_is_the_stock_one_plus_the_distillations(teacher_file, student_yaml):
+def test_the_students_gradient_is_the_stock_one_plus_the_distillations(teacher_file, student_yaml, tmp_path):
     """One batch through model(batch), as the trainer calls it."""
     from ultralytics.cfg import get_cfg
     from ultralytics.nn.tasks import DetectionModel
@@ -282,6 +281,7 @@ def test_the_students_gradient_is_the_stock_one_plus_the_distillations(teacher_f
         device = torch.device("cpu")
         amp = resume = False
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        save_dir = tmp_path
 
     trainer = Trainer()
     trainer.model = model

@@ -1,0 +1,219 @@
+"""The check-up of a distillation on one batch, before a training: ``Distiller.check`` and ``fgd doctor``.
+
+:func:`examine` runs the student five times and the teacher three times on one batch and hands what it sees to the
+checks of :mod:`fgd_hooks.checks` and :mod:`fgd_hooks.checks_models`. :func:`first_step` is the short form, which only
+looks at what a training step leaves behind anyway.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fgd_hooks import checks, checks_models
+from fgd_hooks.balance import Balance
+from fgd_hooks.config import ScheduleConfig
+from fgd_hooks.findings import Finding, Report
+from fgd_hooks.health import StepHealth
+from fgd_hooks.masks import PackedBoxes
+from fgd_hooks.schedule import Clock
+from fgd_hooks.taps import TapError
+from fgd_hooks.traces import RandomState, bit_equal, no_trace
+
+if TYPE_CHECKING:
+    from fgd_hooks.distiller import Distilled, Distiller
+
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+
+
+def examine(
+    distiller: Distiller,
+    images: Any,
+    boxes: Sequence[Tensor] | PackedBoxes,
+    *,
+    loss: Callable[[], Tensor],
+    optimizer: Optimizers | None = None,
+    canvas: tuple[int, int] | None = None,
+) -> Report:
+    """All checks on one batch; see :meth:`fgd_hooks.Distiller.check`."""
+    if not torch.is_grad_enabled():
+        raise ValueError("check() needs gradients: call it outside torch.no_grad().")
+    patient = _Patient(distiller, images, loss, optimizer)
+    models = (patient.student, patient.teacher, distiller)
+    with no_trace(*models), distiller.taps.aside():
+        return Report(tuple(_findings(patient, boxes, canvas)))
+
+
+def first_step(distiller: Distiller, distilled: Distilled, boxes: PackedBoxes, adapter_gradient: float) -> Report:
+    """What a training step that distilled shows by itself; nothing is run, nothing is changed.
+
+    Args:
+        distiller: at work.
+        distilled: of that step.
+        boxes: of its batch.
+        adapter_gradient: norm of the gradient that arrived at adapters and losses; 0 where they have no parameters.
+    """
+    teacher, names, sizes = distiller._teacher.model, distiller.level_names, _sizes(distiller, boxes)
+    training = [name for name, module in teacher.named_modules() if module.training]
+    taken = [name for name, p in teacher.named_parameters() if p.requires_grad or p.grad is not None]
+    findings = [
+        checks.check_masks(boxes, names, sizes),
+        checks.check_parts(distilled.raw, _weights(distiller), checks.empty_parts(boxes, names, sizes)),
+        checks_models.check_frozen([], training, []),
+    ]
+    if any(True for _ in distiller.adapters.parameters()):
+        findings.append(checks.check_gradient(distiller.level_names, [], {"all": adapter_gradient}, None, taken))
+    return Report(tuple(findings))
+
+
+class _Patient:
+    """What is examined, and how it is run."""
+
+    def __init__(
+        self, distiller: Distiller, images: Any, loss: Callable[[], Tensor], optimizer: Optimizers | None
+    ) -> None:
+        self.distiller = distiller
+        self.images = images
+        self.loss = loss
+        self.optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer
+        self.student = distiller.student
+        self.teacher = distiller._teacher.model
+        self.random = RandomState.now(self.student, self.teacher)
+
+    def run(self) -> Tensor:
+        """The task's loss of a student that starts from the same random state each time."""
+        self.random.restore()
+        self.distiller.taps.clear()
+        task = self.loss()
+        if not isinstance(task, Tensor) or task.numel() != 1:
+            found = f"a tensor of shape {tuple(task.shape)}" if isinstance(task, Tensor) else type(task).__name__
+            raise ValueError(f"loss() must run the student and return the task's loss as one number; it gave {found}.")
+        return task.reshape(())
+
+    def distil(self, boxes: PackedBoxes, weight: float, mode: str) -> Distilled:
+        """One step of the Distiller as at the beginning of a training, with another weight and balance."""
+        own = self.distiller
+        own.config = config = copy.deepcopy(own.config)
+        config.weight, config.every, config.schedule = weight, 1, ScheduleConfig(stop_epoch=None)
+        if config.balance.mode == "fixed":
+            config.balance.per_level = True  # measured for each level, since each has its own fixed strength
+        config.balance.mode = mode
+        own.balance, own.clock, own._health = Balance(config.balance, len(own.pairs)), Clock(), StepHealth(config)
+        distilled: Distilled = own(self.images, boxes)
+        return distilled
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients of the student's parameters since the last call."""
+        found = {name: p.grad for name, p in self.student.named_parameters() if p.grad is not None}
+        for parameter in [*self.student.parameters(), *self.distiller.parameters()]:
+            parameter.grad = None
+        return found
+
+
+def _findings(patient: _Patient, boxes: Sequence[Tensor] | PackedBoxes, canvas: Any) -> Iterator[Finding]:
+    """Run the passes and yield what the checks find; ends early where the rest cannot be run."""
+    distiller, names = patient.distiller, patient.distiller.level_names
+    task = patient.run()
+    yield checks_models.check_numbers(patient.student, float(task.detach()))
+    features = distiller.taps.captured
+    taps = checks.check_taps(distiller.taps.taps, features)
+    yield taps
+    yield checks.check_levels(distiller.pairs, *distiller.found_levels, distiller.config.levels)
+    yield checks_models.check_optimizer(distiller.parameters(), patient.teacher.parameters(), patient.optimizers)
+    if taps.status == "red":
+        return
+    captured = [feature for feature in features if feature is not None]
+    try:
+        packed = distiller.pack(patient.images, boxes, canvas, captured[0].device)
+    except ValueError as error:
+        yield Finding("red", "masks", str(error), "Pass one (n, 4) tensor of pixel x1 y1 x2 y2 per image.")
+        return
+    yield checks.check_masks(packed, names, [(f.shape[2], f.shape[3]) for f in captured])
+    yield from _teacher(patient, captured)
+    blocked = [name for name, feature in zip(names, captured, strict=True) if not feature.requires_grad]
+    if blocked or not task.requires_grad:
+        yield checks.check_gradient(names, blocked or names, {}, 0.0, [])
+        return
+    del features, captured, taps
+    try:
+        yield from _passes(patient, packed)
+    except (ValueError, TapError) as error:
+        yield Finding("red", "step", str(error), "Mend this first; the checks that need a whole step were left out.")
+
+
+def _teacher(patient: _Patient, student: list[Tensor]) -> Iterator[Finding]:
+    """The teacher alone: does it stay as it is, and do its features say anything."""
+    distiller, teacher = patient.distiller, patient.teacher
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    distiller._teacher.to(student[0].device)
+    taught = distiller._teacher.features(patient.images)
+    changed = [name for name, tensor in teacher.state_dict().items() if not bit_equal(tensor, before[name].to(tensor))]
+    training = [name or "(model)" for name, module in teacher.named_modules() if module.training]
+    batch = nn.modules.batchnorm._BatchNorm
+    unkept = [n for n, m in teacher.named_modules() if isinstance(m, batch) and m.running_mean is None]
+    yield checks_models.check_frozen(changed, training, unkept)
+    yield checks_models.check_features(distiller.level_names, taught)
+
+
+def _passes(patient: _Patient, boxes: PackedBoxes) -> Iterator[Finding]:
+    """Whole steps: one that measures, one for the distillation's gradient alone, a plain one and one of weight 0."""
+    distiller, names = patient.distiller, patient.distiller.level_names
+    config = distiller.config
+    task = patient.run()
+    distilled = patient.distil(boxes, 1.0, "gradient")
+    (task + distilled.loss).backward()
+    distiller.balance.close()
+    ratios, scales = distiller.balance.ratios.tolist(), distiller.balance.scales.tolist()
+    own = {name: list(adapter.parameters()) for name, adapter in distiller.adapters.items()}
+    adapters = {name: gradient_norm(p.grad for p in parameters) for name, parameters in own.items() if parameters}
+    taken = [name for name, p in patient.teacher.named_parameters() if p.requires_grad or p.grad is not None]
+    patient.gradients()
+    empty = checks.empty_parts(boxes, names, _sizes(distiller, boxes))
+    yield checks.check_parts(distilled.raw, _weights(distiller), empty)
+
+    patient.run()
+    loss = patient.distil(boxes, 1.0, "fixed").loss
+    student = [p for p in patient.student.parameters() if p.requires_grad]
+    reached = gradient_norm(torch.autograd.grad(loss, student, allow_unused=True)) if loss.requires_grad else 0.0
+    yield checks.check_gradient(names, [], adapters, reached, taken)
+    yield checks.check_scale(names, ratios, scales, config, config.weight or 1.0)
+
+    def plain() -> dict[str, Tensor]:
+        patient.run().backward()
+        return patient.gradients()
+
+    first = plain()
+    (patient.run() + patient.distil(boxes, 0.0, config.balance.mode).loss).backward()
+    different = _different(first, patient.gradients())
+    yield checks.check_weight_zero(len(first), different, _different(first, plain()) if different else [])
+    if config.weight == 0:
+        found = "The weight is 0: the distillation is switched off. The findings above are those for weight 1."
+        yield Finding("yellow", "weight", found, "Set weight=1.")
+
+
+def _sizes(distiller: Distiller, boxes: PackedBoxes) -> list[tuple[int, int]]:
+    """(H, W) of the levels' maps, from the first image's canvas and the strides."""
+    height, width = boxes.canvas[0].tolist()
+    strides = [pair.student.stride for pair in distiller.pairs]
+    return [(math.ceil(height / stride), math.ceil(width / stride)) for stride in strides]
+
+
+def _weights(distiller: Distiller) -> dict[str, float]:
+    """The loss's own weight of each part, where it tells them."""
+    return dict(getattr(next(iter(distiller.losses.values())), "weights", {}))
+
+
+def gradient_norm(gradients: Iterable[Tensor | None]) -> float:
+    """The norm of several gradients together; 0 where there is none."""
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients if g is not None]
+    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+
+
+def _different(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    both = one.keys() & other.keys()
+    return [name for name in one | other if name not in both or not bit_equal(one[name], other[name])]

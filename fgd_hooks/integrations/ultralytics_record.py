@@ -1,0 +1,59 @@
+"""What an Ultralytics training leaves behind about its distillation: its settings, and its row among the runs."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fgd_hooks.config import FGDConfig, save_config
+from fgd_hooks.monitor import BEST_MAP, EPOCH_MAP, FINAL_MAP, FINAL_MAP50, hyper_parameters, write_hyper_parameters
+
+logger = logging.getLogger("ultralytics")
+
+SETTINGS_FILE = "fgd.yaml"
+MAP, MAP50 = "metrics/mAP50-95(B)", "metrics/mAP50(B)"  # Ultralytics' names, in results.csv too
+HOST_SETTINGS = ("model", "data", "epochs", "batch", "imgsz", "optimizer", "lr0", "seed")
+
+
+def named_config(config: FGDConfig, teacher: Any) -> FGDConfig:
+    """The configuration with the teacher's name in it: its file, else its class."""
+    config = copy.deepcopy(config)
+    path = teacher if isinstance(teacher, (str, Path)) else getattr(teacher, "ckpt_path", None)
+    config.teacher.name = str(path) if path else type(teacher).__name__
+    return config
+
+
+def save_settings(config: FGDConfig, folder: Path) -> None:
+    """Write the settings of the distillation beside Ultralytics' ``args.yaml``; ``config=fgd.yaml`` repeats them."""
+    try:
+        save_config(config, folder / SETTINGS_FILE)
+    except OSError as error:
+        logger.warning("FGD: %s could not be written (%s); the training goes on.", SETTINGS_FILE, error)
+
+
+def write_epoch(writer: Any, trainer: Any) -> None:
+    """Write the mAP of a validated epoch under a name that TensorBoard's page of charts can draw."""
+    value = (trainer.metrics or {}).get(MAP)
+    if value is not None and (trainer.args.val or trainer.epoch + 1 >= trainer.epochs):
+        writer.add_scalar(EPOCH_MAP, float(value), trainer.epoch + 1)
+
+
+def write_run(writer: Any, trainer: Any, config: FGDConfig, last: Mapping[str, float]) -> None:
+    """Write the run's row of TensorBoard's table of hyper-parameters.
+
+    Args:
+        writer: a ``SummaryWriter``.
+        trainer: at the end of its training, when its ``metrics`` are those of ``best.pt``.
+        config: of the distillation.
+        last: Ultralytics' metrics of the last epoch.
+    """
+    host = {key: getattr(trainer.args, key) for key in HOST_SETTINGS}
+    host["epochs"] = trainer.epochs
+    plain = {key: value if isinstance(value, (int, float)) else Path(str(value)).name for key, value in host.items()}
+    best = (trainer.metrics or {}).get(MAP)
+    found = {FINAL_MAP: last.get(MAP), FINAL_MAP50: last.get(MAP50), BEST_MAP: best}
+    metrics = {tag: float(value) for tag, value in found.items() if value is not None}
+    write_hyper_parameters(writer, hyper_parameters(config, **plain), metrics, trainer.epochs)
