@@ -43,6 +43,8 @@ def forked(work: Callable[[], None], log: Path, kill_after: float | None = None)
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(output, 1)
             os.dup2(output, 2)
+            # a test runner's own streams would not lead there
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
             work()
             code = 0
         except BaseException:
