@@ -1,7 +1,9 @@
 """Kill trainings with SIGKILL and resume them: ``python -m tests.faults --moments 100``.
 
 Each moment trains the tiny YOLO of the tests with FGDCallback in a process of its own, kills it, looks at what lies on
-the disk, and resumes. The processes are forked from one that has imported everything already.
+the disk, and resumes. The processes are forked from one that has imported everything already and has no threads, so a
+test runs this file as a program. ``aimed``: two kills alone. ``resumed``: how far a resumed training ends from an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import tempfile
 import time
 import types
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -206,11 +209,9 @@ def moment(folder: Path, name: str, kind: str, rng: random.Random, seconds: floa
 def study(folder: Path, moments: int, seed: int = 0) -> dict[str, Any]:
     """``moments`` kills, the kinds in turn; returns the outcomes by kind and all that was not ok."""
     rng = random.Random(seed)
-    if forked(lambda: prepare(folder), folder / "prepare.log") != 0:
-        raise RuntimeError((folder / "prepare.log").read_text()[-3000:])
+    prepare_apart(folder)
     start = time.monotonic()
-    if forked(lambda: train(folder, "undisturbed"), folder / "undisturbed.log") != 0:
-        raise RuntimeError((folder / "undisturbed.log").read_text()[-3000:])
+    succeed(lambda: train(folder, "undisturbed"), folder / "undisturbed.log")
     seconds = time.monotonic() - start
     found = []
     for number in range(moments):
@@ -224,15 +225,86 @@ def study(folder: Path, moments: int, seed: int = 0) -> dict[str, Any]:
     return {"moments": moments, "seed": seed, "outcomes": table, "failures": [f for f in found if not f["ok"]]}
 
 
+class SecondEpoch(random.Random):
+    """Draws the second epoch (and the second batch) each time."""
+
+    def randrange(self, *args: Any) -> int:
+        """Always 1."""
+        return 1
+
+
+def aimed(folder: Path) -> dict[str, Any]:
+    """Two kills in the second epoch, both of which leave the side file of the first."""
+    prepare_apart(folder)
+    kinds = ("half written", "between host's checkpoint and ours")
+    found = [moment(folder, f"aimed{number}", kind, SecondEpoch(0), 0) for number, kind in enumerate(kinds)]
+    return {"found": found, "failures": [each for each in found if not each["ok"]]}
+
+
+def end_states(folder: Path, distil: bool, name: str) -> list[dict[str, torch.Tensor]]:
+    """The student's weights at the end of a training without, and of one with a kill after its first epoch."""
+    names = {False: f"{name}-straight", True: f"{name}-resumed"}
+    for interrupted, run in names.items():
+
+        def keep(trainer: Any, run: str = run) -> None:
+            if trainer.epoch == EPOCHS - 1:
+                torch.save(trainer.model.state_dict(), folder / f"{run}.pt")
+
+        def stop(trainer: Any) -> None:
+            if trainer.epoch == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        log, hooks = folder / f"{run}.log", [("on_train_epoch_end", keep)]
+        if interrupted:
+            kill = [("on_train_epoch_start", stop)]
+            forked(partial(train, folder, run, distil=distil, hooks=kill), log)
+        succeed(partial(train, folder, run, resume=interrupted, distil=distil, hooks=hooks), log)
+    return [torch.load(folder / f"{run}.pt", weights_only=True) for run in names.values()]
+
+
+def distance(states: list[dict[str, torch.Tensor]]) -> float:
+    """|a - b| / |a| over all weights."""
+    one, other = ([value.double().flatten() for value in state.values()] for state in states)
+    difference = sum(float((a - b).square().sum()) for a, b in zip(one, other, strict=True))
+    return float((difference / sum(float(a.square().sum()) for a in one)) ** 0.5)
+
+
+def resumed(folder: Path) -> dict[str, Any]:
+    """How far a resumed training ends from an uninterrupted one: the host's own, and with distillation."""
+    prepare_apart(folder)
+    stock, ours = (distance(end_states(folder, distil, f"distil{distil}")) for distil in (False, True))
+    return {
+        "stock": stock,
+        "distilled": ours,
+        "failures": [] if ours < 2 * stock else ["farther than twice the host's"],
+    }
+
+
+def prepare_apart(folder: Path) -> None:
+    """:func:`prepare` in a process of its own, so that this one stays without threads and can be forked."""
+    succeed(lambda: prepare(folder), folder / "prepare.log")
+
+
+def succeed(work: Callable[[], None], log: Path) -> None:
+    """Run ``work`` in a forked process that must end well."""
+    if forked(work, log) != 0:
+        raise RuntimeError(log.read_text()[-3000:])
+
+
 def main() -> int:
-    """Run the study and print or write its figures."""
+    """Run one of the studies and print its figures as JSON; the exit code is 1 where something was not as it should."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("study", nargs="?", choices=("moments", "aimed", "resumed"), default="moments")
     parser.add_argument("--moments", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
+    parser.add_argument("--out", type=Path, help="where to write the figures as well")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        result = study(Path(folder), arguments.moments, arguments.seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if arguments.study == "moments":
+            result = study(folder, arguments.moments, arguments.seed)
+        else:
+            result = {"aimed": aimed, "resumed": resumed}[arguments.study](folder)
     text = json.dumps(result, indent=1)
     print(text)
     if arguments.out:
