@@ -105,8 +105,8 @@ def _summary(distiller: Distiller, student: nn.Module, teacher: nn.Module) -> st
     name = distiller.config.teacher.name
     counts = [_count(sum(p.numel() for p in model.parameters())) for model in (teacher, student)]
     return (
-        f"{Path(name).name if name else type(teacher).__name__} ({counts[0]} parameters) teaches {type(student).__name__} ({counts[1]}) "
-        f"at {', '.join(levels)}"
+        f"{Path(name).name if name else type(teacher).__name__} ({counts[0]} parameters) teaches "
+        f"{type(student).__name__} ({counts[1]}) at {', '.join(levels)}"
     )
 
 

@@ -64,9 +64,8 @@ def diagnose(
         del measured["batch"]  # Ultralytics' automatic batch
     trained = str(getattr(model, "ckpt_path", None) or "") if getattr(model, "ckpt", None) else ""
     with quiet_ultralytics():
-        findings = _examine(
-            model, module, named_config(config, teacher), {**settings, "data": data}
-        )  # first: it knows misspelt settings
+        # first, since it knows misspelt settings
+        findings = _examine(model, module, named_config(config, teacher), {**settings, "data": data})
         quality = check_quality(str(teacher), trained or None, data, measured)
     return Report((quality, *findings))
 

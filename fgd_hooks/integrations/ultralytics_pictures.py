@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from fgd_hooks.distiller import Distiller
 from fgd_hooks.masks import PackedBoxes
 from fgd_hooks.monitor import write_scalars, write_sheets
 from fgd_hooks.sheets import LevelSheet, attention_distances, attention_sheets
+from fgd_hooks.traces import RandomState
 
 logger = logging.getLogger("ultralytics")
 
@@ -66,8 +63,9 @@ class AttentionWatch:
     def sheets(self, student: nn.Module) -> list[LevelSheet]:
         """The sheets of all watched images, one image at a time, since their sizes may differ."""
         if self._batches is None:
-            with _random_states_kept():
-                self._batches = fixed_batches(self.dataset, WATCHED)
+            state = RandomState.now()  # Ultralytics draws random numbers even where it formats an image
+            self._batches = fixed_batches(self.dataset, WATCHED)
+            state.restore()
         found: list[LevelSheet] = []
         for number, batch in enumerate(self._batches):
             images = batch["img"].float() / 255
@@ -84,15 +82,3 @@ def fixed_batches(dataset: Any, count: int) -> list[Mapping[str, Tensor]]:
     count = min(count, len(usable))
     chosen = [usable[number * len(usable) // count] for number in range(count)]
     return [dataset.collate_fn([dataset[number]]) for number in chosen]
-
-
-@contextlib.contextmanager
-def _random_states_kept() -> Iterator[None]:
-    """Ultralytics draws random numbers where it formats an image, even without augmentation."""
-    python, of_numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(of_numpy)
