@@ -131,3 +131,25 @@ def test_gradients_are_those_of_one_process_with_the_whole_batch(tmp_path):
     assert one["silent"] == 0
     # what a step exchanges for the distillation: each of its parameters once, in float32
     assert sum(one["exchanged"]) == 4 * sum(parameter.numel() for parameter in distiller.parameters())
+
+
+def test_synchronised_batch_normalisation_is_converted_before():
+    """In one process, where it is the plain one; several need GPUs."""
+    from torch import nn
+
+    from fgd_hooks import Distiller, TapError
+    from tests.tiny import batch
+
+    images, boxes = batch()
+    student, teacher = two_models()
+    student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+    with Distiller(student, teacher, FIXED) as distiller:
+        student(images)
+        assert distiller(images, boxes).loss > 0
+    student, teacher = two_models()
+    taps = ["stem.1", "stages.0.1", "stages.1.1"]  # the batch normalisations themselves
+    with Distiller(student, teacher, {**FIXED, "student_taps": taps}) as distiller:
+        student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+        student(images)
+        with pytest.raises(TapError, match="did not fire"):
+            distiller(images, boxes)
