@@ -18,6 +18,7 @@ from fgd_hooks.losses import (
 from fgd_hooks.pyramid import Level, LevelPair, PairingError, find_levels, pair_levels
 from fgd_hooks.taps import FeatureTaps, Tap, TapError
 from fgd_hooks.teacher import TeacherError
+from fgd_hooks.transfer import Inheritance, inherit
 
 if TYPE_CHECKING:
     from fgd_hooks.integrations.ultralytics import FGDCallback
@@ -33,6 +34,7 @@ __all__ = [
     "FGDLoss",
     "FeatureTaps",
     "ImitationLoss",
+    "Inheritance",
     "Level",
     "LevelPair",
     "LossResult",
@@ -43,6 +45,7 @@ __all__ = [
     "create_adapter",
     "create_loss",
     "find_levels",
+    "inherit",
     "list_adapters",
     "list_losses",
     "load_config",

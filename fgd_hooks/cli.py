@@ -11,9 +11,10 @@ from typing import Any
 
 from fgd_hooks.adapters import automatic_adapter
 from fgd_hooks.config import ConfigError, FGDConfig, load_config
-from fgd_hooks.health import NonFiniteError
 from fgd_hooks.evaldata import DataError
+from fgd_hooks.health import NonFiniteError
 from fgd_hooks.integrations.ultralytics_version import VersionError
+from fgd_hooks.modelnames import ModelNameError, load_model, load_yolo
 from fgd_hooks.pyramid import Level, LevelPair, PairingError, find_levels, pair_levels
 from fgd_hooks.quickstart.processes import QuickstartError
 from fgd_hooks.registry import UnknownNameError, suggestion
@@ -26,6 +27,7 @@ USER_ERRORS = (
     ConfigError,
     DataError,
     FileNotFoundError,
+    ModelNameError,
     NonFiniteError,
     PairingError,
     QuickstartError,
@@ -86,8 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor.set_defaults(run=_doctor)
 
     levels = commands.add_parser("levels", help="show a model's feature levels, and how a teacher's pair with them")
-    levels.add_argument("model", help="YOLO weights or yaml file (the student)")
-    levels.add_argument("teacher", nargs="?", help="YOLO weights or yaml file")
+    levels.add_argument(
+        "model",
+        help="the student: YOLO weights or yaml file, torchvision:retinanet_resnet50_fpn, timm:resnet18, or "
+        "package.module:factory",
+    )
+    levels.add_argument("teacher", nargs="?", help="the same for the teacher")
     levels.add_argument("--imgsz", type=int, default=640, help="side of the probe's square image in pixels")
     levels.set_defaults(run=_levels)
 
@@ -104,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "settings",
         nargs="*",
         metavar="key=value",
-        help="student=, teacher= and data= (required), images= (4; or files), split=, imgsz=, out=, top=, config=, fgd.*=",
+        help="student=, teacher= and data= (required), images= (4; or files), split=, imgsz=, out=, top=, config=, "
+        "fgd.*=",
     )
     show.set_defaults(run=_show)
 
@@ -208,20 +215,6 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return int(report.status == "red" or (arguments.strict and report.status == "yellow"))
 
 
-def load_yolo(model: str) -> Any:
-    """The ``YOLO`` object of a weights or yaml file.
-
-    Raises:
-        FileNotFoundError: there is no such file, and Ultralytics knows no download of that name.
-    """
-    from ultralytics import RTDETR, YOLO
-
-    try:
-        return (RTDETR if "rtdetr" in Path(model).stem else YOLO)(model)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"The model file {model!r} does not exist, and no download has that name.") from error
-
-
 def check_data(data: str) -> None:
     """Refuse a data yaml that neither exists nor is one that Ultralytics brings along.
 
@@ -235,17 +228,12 @@ def check_data(data: str) -> None:
 
 
 def _levels(arguments: argparse.Namespace) -> None:
-    import torch
-
     names = [arguments.model, *([arguments.teacher] if arguments.teacher else [])]
     pyramids = []
     for name in names:
-        module = load_yolo(name).model
-        first = next(module.parameters())
-        channels = int(getattr(module, "yaml", {}).get("channels", 3))
-        example = torch.zeros(1, channels, arguments.imgsz, arguments.imgsz, dtype=first.dtype, device=first.device)
-        levels = find_levels(module, example=example, role=name)
-        if (
+        model = load_model(name, arguments.imgsz)
+        levels = find_levels(model.module, model.taps, example=model.example, role=name)
+        if not model.fixed and (
             arguments.imgsz % max(level.stride for level in levels)
             or levels[0].size[0] * levels[0].stride != arguments.imgsz
         ):

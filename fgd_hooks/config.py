@@ -21,6 +21,7 @@ MAX_TEXT = 64 * 1024  # characters of YAML; a configuration takes one or two tho
 MAX_ALIASES = 20  # each may repeat all that came before it
 MAX_DEPTH = 20
 MAX_VALUES = 10_000
+INHERITED = ("", "neck", "head", "neck+head")
 
 
 class ConfigError(ValueError):
@@ -214,6 +215,8 @@ class FGDConfig(_Section):
         levels: names of the levels to use ("P3", ...) out of those that pair; null: all.
         adapter: a registered adapter, or "auto" (identity where channels match, conv1x1 elsewhere).
         resize: resample the student's map where its size differs from the teacher's; an error otherwise.
+        inherit: "neck", "head" or "neck+head": an integration copies these of the teacher's weights into the student
+            before a training begins, where their shapes are equal (see fgd_hooks/transfer.py); empty: nothing.
         max_bad_steps: this many steps in a row without a finite distillation loss end the training with an error.
         log_interval: steps from one TensorBoard record to the next; 0: none, no pictures either.
         image_interval: epochs from one set of attention pictures in TensorBoard to the next; 0: none.
@@ -226,6 +229,7 @@ class FGDConfig(_Section):
     levels: list[str] | None = None
     adapter: str = "auto"
     resize: bool = False
+    inherit: str = ""
     max_bad_steps: int = 50
     log_interval: int = 10
     image_interval: int = 10
@@ -241,6 +245,7 @@ class FGDConfig(_Section):
         for key in ("student_taps", "teacher_taps", "levels"):
             value = getattr(self, key)
             _require(value is None or len(value) > 0, key, value, "null or a list of at least one")
+        _require(self.inherit in INHERITED, "inherit", self.inherit, "'', 'neck', 'head' or 'neck+head'")
         _require(self.max_bad_steps >= 1, "max_bad_steps", self.max_bad_steps, "1 or more")
         _not_negative("log_interval", self.log_interval)
         _not_negative("image_interval", self.image_interval)

@@ -149,7 +149,7 @@ def find_sources(model: nn.Module, taps: Sequence[Tap], *, example: Any = None) 
 
     if any(tap.io == "input" for tap in taps):
         with untouched(model):
-            _observe(model, probe_input(model) if example is None else example, see)
+            observe(model, probe_input(model) if example is None else example, see)
     return [sources.get(tap) for tap in taps]
 
 
@@ -167,7 +167,7 @@ def _measure(tap: Tap, feature: Tensor, canvas: tuple[int, int]) -> Level:
     return Level(tap, int(feature.shape[1]), stride, (height, width))
 
 
-def _collection(value: Any) -> list[tuple[int | str, Tensor]] | None:
+def collection(value: Any) -> list[tuple[int | str, Tensor]] | None:
     """The maps of a list, tuple or dict of at least two feature maps of different sizes; None for anything else."""
     if isinstance(value, Mapping):
         items = list(value.items())
@@ -180,7 +180,7 @@ def _collection(value: Any) -> list[tuple[int | str, Tensor]] | None:
     return maps if len(maps) >= 2 and len(sizes) == len(maps) else None
 
 
-def _observe(model: nn.Module, example: Any, see: Callable[[Tap, Any], None]) -> Exception | None:
+def observe(model: nn.Module, example: Any, see: Callable[[Tap, Any], None]) -> Exception | None:
     """Run the model and show each module's input and output to ``see``; the error that ended the pass, if any."""
     names = {module: name for name, module in model.named_modules()}
 
@@ -207,14 +207,14 @@ def _find_head_inputs(model: nn.Module, example: Any, role: str) -> list[tuple[T
     outputs: list[tuple[Tap, Tensor]] = []
 
     def see(tap: Tap, value: Any) -> None:
-        maps = _collection(value)
+        maps = collection(value)
         if maps and not (tap.io == "input" and not tap.module):
             found = inputs if tap.io == "input" else outputs
             if not (tap.module or not found):
                 return  # what the model itself returns counts only when no module inside returns levels
             found[:] = [(replace(tap, index=(key,)), item) for key, item in maps]
 
-    failure = _observe(model, example, see)
+    failure = observe(model, example, see)
     if inputs or outputs:
         return inputs or outputs
     if failure is not None:
@@ -236,10 +236,10 @@ def _expand_collections(model: nn.Module, taps: list[Tap], example: Any) -> list
     def see(tap: Tap, value: Any) -> None:
         if tap in found:
             calls[tap] += 1
-            maps = _collection(value)
+            maps = collection(value)
             found[tap] = [replace(tap, index=(key,)) for key, _ in maps] if maps else [tap]
 
-    _observe(model, example, see)  # a failure that matters comes again, and is told, in the real probe
+    observe(model, example, see)  # a failure that matters comes again, and is told, in the real probe
     for tap, count in calls.items():
         if count > 1:
             raise TapError(

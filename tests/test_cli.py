@@ -42,6 +42,15 @@ def test_levels_without_a_common_one_and_of_a_missing_file(capsys):
     assert "nowhere.pt" in fails(capsys, "levels", "nowhere.pt")
 
 
+def test_levels_of_a_python_path(capsys):
+    assert main(["levels", "tests.tiny:TinyDetector", "yolo26n.yaml", "--imgsz", "64"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "model.23" in line]
+    found = [[cell.strip() for cell in line.split("│")[1:5]] for line in lines]
+    assert found == [["P3", "8", "8", "64"], ["P4", "16", "12", "128"], ["P5", "32", "16", "256"]]
+    assert "'TinyDetector'" in fails(capsys, "levels", "tests.tiny:TinyDetecter")
+    assert "no multiple" in fails(capsys, "levels", "tests.tiny:TinyDetector", "--imgsz", "100")
+
+
 def test_train_asks_for_what_is_missing(capsys):
     assert "teacher= is missing" in fails(capsys, "train", "model=yolo26n.yaml")
     assert "model= is missing" in fails(capsys, "train", "teacher=t.pt")

@@ -47,6 +47,7 @@ def test_written_and_read_again(tmp_path):
         ("schedule: {start_epoch: 5, stop_epoch: 3}", ["schedule.stop_epoch", "3"]),
         ("levels: P3", ["levels", "P3"]),
         ("levels: []", ["levels"]),
+        ("inherit: neck,head", ["inherit", "neck,head", "neck+head"]),
         ("teacher: {dtype: fp16}", ["teacher.dtype", "fp16"]),
         ("- a\n- b", ["list"]),
         ("a: [1", ["YAML"]),

@@ -68,16 +68,17 @@ def place(tmp_path, monkeypatch, teacher_file, student_yaml, data):
 @pytest.fixture
 def namespace():
     """What an example takes for granted."""
-    student = trained(TinyDetector())
+    student, teacher = trained(TinyDetector()), trained(TinyDetector((8, 16, 24)), seed=1)
     loader = [(*batch(step), torch.zeros(2)) for step in range(2)]
     return {
         "student": student,
-        "teacher": trained(TinyDetector((8, 16, 24)), seed=1),
+        "teacher": teacher,
         "optimizer": torch.optim.SGD(student.parameters(), 1e-3),
         "criterion": lambda output, targets: output["scores"].square().mean() + targets.sum(),
         "loader": loader,
         "images": loader[0][0],
         "boxes": loader[0][1],
+        "targets": loader[0][2],
         "epochs": 2,
     }
 

@@ -25,9 +25,10 @@ from torch import nn
 
 from fgd_hooks.config import FGDConfig, load_config
 from fgd_hooks.distiller import Distiller, check_names
+from fgd_hooks.integrations.ultralytics_inherit import inherit_into
 from fgd_hooks.integrations.ultralytics_record import named_config
-from fgd_hooks.integrations.ultralytics_run import TrainingRun
-from fgd_hooks.integrations.ultralytics_teacher import load_teacher
+from fgd_hooks.integrations.ultralytics_run import TrainingRun, is_first_rank
+from fgd_hooks.integrations.ultralytics_teacher import fused, load_teacher
 from fgd_hooks.integrations.ultralytics_version import check_version
 from fgd_hooks.teacher import check_apart, check_finite
 
@@ -88,7 +89,7 @@ class FGDCallback:
         check_version()
         student = getattr(model, "model", None)
         if self.config.weight > 0:
-            self._loaded = load_teacher(self.teacher, fuse=self.config.teacher.fuse)
+            self._loaded = self._load()
             check_finite(self._loaded)
             if isinstance(student, nn.Module):
                 check_apart(student, self._loaded)
@@ -118,6 +119,10 @@ class FGDCallback:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["teacher"], state["config"])  # type: ignore[misc]
 
+    def _load(self) -> nn.Module:
+        """The teacher; as it was trained where the student is to inherit from it, since fused layers do not fit."""
+        return load_teacher(self.teacher, fuse=self.config.teacher.fuse and not self.config.inherit)
+
     # Ultralytics' events
 
     def _on_pretrain_routine_end(self, trainer: Any) -> None:
@@ -126,7 +131,12 @@ class FGDCallback:
             return
         teacher, self._loaded = self._loaded, None
         if teacher is None:
-            teacher = load_teacher(self.teacher, fuse=self.config.teacher.fuse)
+            teacher = self._load()
+        if self.config.inherit:
+            if not trainer.resume:
+                inherit_into(trainer, teacher, self.config.inherit, say=is_first_rank())
+            if self.config.teacher.fuse and isinstance(self.teacher, (str, Path)):
+                teacher = fused(teacher)
         run = TrainingRun(trainer, teacher, named_config(self.config, self.teacher))
         self._runs[trainer] = run
         run.install()

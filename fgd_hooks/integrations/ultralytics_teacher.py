@@ -32,11 +32,7 @@ def load_teacher(teacher: str | Path | nn.Module | Any, *, fuse: bool = True) ->
     if isinstance(teacher, (str, Path)):
         module: nn.Module = _load_file(Path(teacher))
         _check_task(module, str(teacher))
-        if fuse:
-            module = module.fuse(verbose=False).to(  # type: ignore[operator]
-                memory_format=torch.channels_last
-            )
-        return module
+        return fused(module) if fuse else module
     given = getattr(teacher, "model", None) if hasattr(teacher, "add_callback") else teacher
     if not isinstance(given, nn.Module):
         raise TeacherError(
@@ -45,6 +41,12 @@ def load_teacher(teacher: str | Path | nn.Module | Any, *, fuse: bool = True) ->
         )
     _check_task(given, type(teacher).__name__)
     return given
+
+
+def fused(module: nn.Module) -> nn.Module:
+    """An Ultralytics model with its batch normalisations folded into convolutions, weights channels-last; in place."""
+    folded: nn.Module = module.fuse(verbose=False)  # type: ignore[operator]
+    return folded.to(memory_format=torch.channels_last)
 
 
 def _load_file(path: Path) -> Any:

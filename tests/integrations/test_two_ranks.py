@@ -22,7 +22,7 @@ def two_ranks(monkeypatch, data, student_yaml, teacher_file, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(root))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
-    def train(model=None, ranks=2, resume=False, fail_in_epoch=None, **settings):
+    def train(model=None, ranks=2, resume=False, fail_in_epoch=None, inherit="", **settings):
         from ultralytics import YOLO
 
         from tests.conftest import SETTINGS
@@ -31,7 +31,8 @@ def two_ranks(monkeypatch, data, student_yaml, teacher_file, tmp_path):
         folder = tmp_path / f"seen_by_{ranks}"
         folder.mkdir()
         yolo = YOLO(str(model or student_yaml))
-        callback = FGDCallback(str(teacher_file), balance={"interval": 2}, schedule={"stop_epoch": None})
+        distillation = {"balance": {"interval": 2}, "schedule": {"stop_epoch": None}, "inherit": inherit}
+        callback = FGDCallback(str(teacher_file), **distillation)
         callback.attach(yolo)
         Recorder(folder, callback, fail_in_epoch).attach(yolo)
         if resume:
@@ -72,6 +73,20 @@ def test_ranks_agree_both_distil_and_one_saves(two_ranks, tmp_path):
         assert torch.equal(tensor, saved["distiller"]["modules"][key]), key
     start = next(key for key in one["adapters"] if key.endswith("weight"))
     assert one["adapters"][start].abs().sum() > 0
+
+
+@pytest.mark.slow
+def test_ranks_inherit_alike(two_ranks, teacher_file, tmp_path):
+    from fgd_hooks.integrations.ultralytics_teacher import load_teacher
+    from tests.conftest import WIDE, architecture
+
+    folder = two_ranks(model=architecture(tmp_path, "yolo26n.yaml", WIDE), epochs=1, nbs=8, inherit="neck+head")
+    one, other = recorded(folder, 0, "start"), recorded(folder, 1, "start")
+    assert_equal_on_both(one, other)
+    teacher, layer = load_teacher(teacher_file, fuse=False).state_dict(), "model.13.cv1.conv.weight"
+    assert torch.equal(one["student"][layer], teacher[layer])
+    assert not torch.equal(one["student"]["model.0.conv.weight"], teacher["model.0.conv.weight"])
+    assert_equal_on_both(recorded(folder, 0), recorded(folder, 1))
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ pytest.importorskip("ultralytics")
 
 from fgd_hooks import FGDCallback, TeacherError
 from fgd_hooks.config import ConfigError
+from fgd_hooks.integrations.ultralytics import EVENTS
 from fgd_hooks.integrations.ultralytics_run import SIDE_FILE, TrainingRun, boxes_of
 from fgd_hooks.sidefile import read_side_file, write_side_file
 
@@ -51,7 +52,7 @@ def test_two_lines_distil(train, teacher_file):
     callback = FGDCallback(teacher=teacher_file, log_interval=1)
     yolo = train(callback, epochs=2, val=True, close_mosaic=0, hooks=[("on_train_batch_end", look)])
     assert seen["levels"] == ["P3", "P4", "P5"]
-    assert seen["hooks"] == 3, "before and after the model, and before its head"
+    assert seen["hooks"] == 6, "before and after the model, before its head, and a meter on each of its three levels"
     assert seen["ema"] == 0
     assert_nothing_left(yolo)
     first, second = rows(yolo)
@@ -280,8 +281,9 @@ def test_the_students_gradient_is_the_stock_one_plus_the_distillations(teacher_f
         args = get_cfg()
         device = torch.device("cpu")
         amp = resume = False
+        batch_size, world_size = 4, 0
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        save_dir = tmp_path
+        save_dir = wdir = tmp_path
 
     trainer = Trainer()
     trainer.model = model
@@ -373,7 +375,7 @@ def test_travels_to_other_processes(teacher_file):
     assert len(packed) < 200_000, "no teacher travels, only its path"
     received = pickle.loads(packed)
     handlers = [h for each in received.values() for h in each if getattr(h, "__self__", None).__class__ is FGDCallback]
-    assert len(handlers) == 7
+    assert len(handlers) == len(EVENTS)
     assert len({id(h.__self__) for h in handlers}) == 1
     assert handlers[0].__self__.config == callback.config
     assert handlers[0].__self__.teacher == str(teacher_file)

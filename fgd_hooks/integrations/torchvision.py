@@ -1,0 +1,330 @@
+"""FGD in a loop of one's own over a torchvision detector: three lines.
+
+::
+
+    from fgd_hooks.integrations.torchvision import TorchvisionDistiller
+
+    distiller = TorchvisionDistiller(student, teacher)
+    optimizer.add_param_group({"params": distiller.parameters()})
+    for images, targets in loader:  # lists, as torchvision takes them
+        losses = student(images, targets)
+        distilled = distiller()
+        (sum(losses.values()) + distilled.loss).backward()
+
+A torchvision detector resizes, normalises and pads its images itself, in ``model.transform``. A hook there takes the
+batch and the boxes that come out, so that boxes, feature maps and the teacher's input share one padded canvas.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from fgd_hooks.config import FGDConfig, load_config
+from fgd_hooks.distiller import Distilled, Distiller
+from fgd_hooks.doctor import Optimizers
+from fgd_hooks.findings import Report
+from fgd_hooks.masks import PackedBoxes
+from fgd_hooks.pyramid import PROBE_SIZE, probe_input, untouched
+from fgd_hooks.taps import LiveHook, TapError, describe, unwrap
+from fgd_hooks.teacher import check_apart
+from fgd_hooks.traces import no_trace
+
+logger = logging.getLogger("fgd_hooks")
+
+SECOND_PROBE = 320  # pixels: which maps go with the canvas shows at two sizes
+FIXED_SIZE_PROBE = 512  # pixels, for a teacher of fixed size (SSD), whose last convolutions fail on small canvases
+
+
+class TorchvisionDistiller(Distiller):
+    """A :class:`~fgd_hooks.Distiller` that takes boxes, canvas and the teacher's input from the student's own pass.
+
+    Student and teacher are any of torchvision's detectors (RetinaNet, FCOS, SSD, SSDlite, Faster, Mask and Keypoint
+    R-CNN), with any backbone. The levels are the maps that the backbone with its neck returns; only that part of the
+    teacher runs. It sees the student's resized and padded batch, in the normalisation that its own transform has. The
+    map ``pool`` of an R-CNN, every second cell of the map before it, is left out, as the paper's authors do.
+
+    Args:
+        student: the detector that learns; wrappers (DDP, DataParallel, compile) are looked through.
+        teacher: the detector that teaches; its ``transform`` does not run.
+        config: an :class:`~fgd_hooks.config.FGDConfig`, a dict, a YAML file, or None for the defaults. Taps named in
+            it begin at the detector: ``"backbone['0']"``, ``"backbone.fpn.layer_blocks.*"``.
+
+    Raises:
+        TypeError: student or teacher is no torchvision detector.
+        TeacherError: the teacher is the student, shares its weights or holds NaN.
+        PairingError, TapError, ConfigError, ValueError: as for :class:`~fgd_hooks.Distiller`.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        config: FGDConfig | Mapping[str, Any] | str | Path | None = None,
+    ) -> None:
+        student, teacher = _detector(student, "student"), _detector(teacher, "teacher")
+        check_apart(student, teacher)
+        faces = OnBatch(student), OnBatch(teacher)
+        canvases = probe_canvases(student, teacher)
+        config = with_taps(load_config(config), *faces, canvases)
+        super().__init__(*faces, config, example=_example(faces[0], canvases[0]))
+        self._student = weakref.ref(student)
+        self._teacher_transform = teacher.get_submodule("transform")
+        self._seen = _SeenBatch()
+        self._handle = student.get_submodule("transform").register_forward_hook(self._seen)
+
+    def forward(
+        self,
+        images: Any = None,
+        boxes: Sequence[Tensor] | PackedBoxes | None = None,
+        *,
+        canvas: tuple[int, int] | None = None,
+        task_loss: Tensor | None = None,
+    ) -> Distilled:
+        """Distil the batch that the student has just seen. Without gradients (validation) it does nothing.
+
+        Args:
+            images: None: the batch that the student has just seen. Otherwise all as for
+                :meth:`fgd_hooks.Distiller.forward`: (N, 3, H, W), resized, padded and normalised for the teacher.
+            boxes: only with ``images``.
+            canvas: only with ``images``.
+            task_loss: () the student's own loss; only to warn when the distillation dominates it for long.
+
+        Raises:
+            TapError: the student has not run since the last call.
+            ValueError: the student is in eval mode, or ran without targets.
+            NonFiniteError: NaN or infinite for ``max_bad_steps`` steps in a row.
+        """
+        if images is None and torch.is_grad_enabled():
+            images, boxes = self._last_batch()
+        self._seen.latest = None
+        return super().forward(images, [] if boxes is None else boxes, canvas=canvas, task_loss=task_loss)
+
+    def check(
+        self,
+        images: Any = None,
+        boxes: Sequence[Tensor] | PackedBoxes | None = None,
+        *,
+        loss: Callable[[], Tensor],
+        optimizer: Optimizers | None = None,
+        canvas: tuple[int, int] | None = None,
+    ) -> Report:
+        """Examine the whole distillation on one batch, and leave no trace; see :meth:`fgd_hooks.Distiller.check`.
+
+        ::
+
+            print(distiller.check(loss=lambda: sum(student(images, targets).values()), optimizer=optimizer))
+
+        The student runs six times and the teacher three times.
+
+        Args:
+            images: None: the batch that ``loss`` lets the student see; otherwise as for :meth:`forward`.
+            boxes: only with ``images``.
+            loss: runs the student on the batch and gives the task's loss, one number.
+            optimizer: the one (or those) that shall train the adapters and context blocks.
+            canvas: only with ``images``.
+
+        Raises:
+            ValueError: gradients are switched off, the student is in eval mode, or ``loss`` does not give one number.
+        """
+        try:
+            if images is None and torch.is_grad_enabled():
+                with no_trace(self.student, self), self.taps.aside():
+                    loss()
+                    images, boxes = self._last_batch()
+            return super().check(images, [] if boxes is None else boxes, loss=loss, optimizer=optimizer, canvas=canvas)
+        finally:
+            self._seen.latest = None
+
+    def detach(self) -> None:
+        """Remove every hook and give the teacher back as it was; may be called again."""
+        self._handle.remove()
+        self._seen.latest = None
+        super().detach()
+
+    def _last_batch(self) -> tuple[Tensor, list[Tensor]]:
+        """The student's last batch as the teacher takes it, (N, 3, H, W), and its boxes in pixels of it."""
+        seen, self._seen.latest = self._seen.latest, None
+        if seen is None:
+            self.taps.clear()
+            raise TapError(
+                "The student's transform has seen no batch since the last call. Run losses = student(images, targets) "
+                "with gradients enabled before each distiller(), with the very student that the distiller was given "
+                "(a copy of it is not watched), and not after detach()."
+            )
+        if not seen.training or seen.boxes is None:
+            self.taps.clear()
+            raise ValueError(
+                "The student ran in eval mode: it gives detections and no losses. Call student.train() before."
+                if not seen.training
+                else "The student ran without targets, so there are no boxes: call student(images, targets)."
+            )
+        transform = self.student.get_submodule("transform")
+        return renormalise(seen.images, seen.sizes, transform, self._teacher_transform), seen.boxes
+
+
+class OnBatch(nn.Module):
+    """Another face of a torchvision detector: the same module, called with a padded batch, without its transform.
+
+    It shares everything with the detector (modules under the same names, training mode, hooks); it only returns what
+    the backbone does, a dict of feature maps. So a pass needs no targets and ends before the head.
+
+    Args:
+        detector: the model; nothing of it is changed.
+    """
+
+    backbone: nn.Module
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "__dict__", vars(detector))
+
+    def __call__(self, images: Tensor) -> Any:
+        """The maps of the backbone for (N, C, H, W), on the device and in the dtype of the weights."""
+        weight = next(self.parameters(), images)
+        return self.backbone(images.to(weight))
+
+
+@dataclass
+class _Batch:
+    """What a transform has made of one batch: (N, C, H, W), the (h, w) of each image in it, boxes (n_i, 4)."""
+
+    images: Tensor
+    sizes: list[tuple[int, int]]
+    boxes: list[Tensor] | None
+    training: bool
+
+
+class _SeenBatch(LiveHook):
+    """Forward hook of the student's transform that keeps the last batch seen while gradients are recorded."""
+
+    def __init__(self) -> None:
+        self.latest: _Batch | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.is_grad_enabled():
+            images, targets = output
+            boxes = None if targets is None else [target["boxes"] for target in targets]
+            self.latest = _Batch(images.tensors, images.image_sizes, boxes, module.training)
+
+
+def renormalise(images: Tensor, sizes: Sequence[tuple[int, int]], own: Any, other: Any) -> Tensor:
+    """A padded batch in the normalisation of another transform, zero in the padding as that transform makes it.
+
+    Args:
+        images: (N, C, H, W), normalised by ``own`` and padded at the right and the bottom.
+        sizes: (h, w) of each image without padding.
+        own: has ``image_mean`` and ``image_std``, one number per channel.
+        other: the same for the result.
+
+    Returns:
+        (N, C, H, W); ``images`` itself where both normalise alike.
+    """
+    values = [list(map(float, each)) for each in (own.image_mean, own.image_std, other.image_mean, other.image_std)]
+    if values[:2] == values[2:]:
+        return images
+    mean, std, other_mean, other_std = (images.new_tensor(each)[:, None, None] for each in values)
+    result = (images * std + mean - other_mean) / other_std
+    for image, (height, width) in zip(result, sizes, strict=True):
+        image[:, height:] = 0
+        image[:, :, width:] = 0
+    return result
+
+
+def probe_canvases(student: nn.Module, teacher: nn.Module) -> list[tuple[int, int]]:
+    """The (h, w) in pixels at which the levels are measured, the one that strides refer to first.
+
+    Of a student of fixed size (SSD) it is the one canvas that it ever has; else two, since maps that pair must have
+    the same size on every canvas.
+    """
+    transform: Any = student.get_submodule("transform")
+    fixed = transform.fixed_size  # (w, h)
+    if fixed is not None and not transform._skip_resize:
+        step = transform.size_divisible
+        return [(math.ceil(fixed[1] / step) * step, math.ceil(fixed[0] / step) * step)]
+    sizes = [getattr(model.get_submodule("transform"), "fixed_size", None) for model in (student, teacher)]
+    side = PROBE_SIZE if sizes == [None, None] else FIXED_SIZE_PROBE
+    return [(side, side), (SECOND_PROBE, SECOND_PROBE)]
+
+
+def with_taps(config: FGDConfig, student: OnBatch, teacher: OnBatch, canvases: Sequence[tuple[int, int]]) -> FGDConfig:
+    """The configuration with the taps that it leaves to be found: the maps that each backbone returns.
+
+    A teacher's map with the size of a student's on the first of ``canvases``, and of none on all of them, is left out:
+    its size does not go with the canvas (convolutions without padding).
+    """
+    mine, theirs = backbone_maps(student, canvases, "student"), backbone_maps(teacher, canvases, "teacher")
+    by_chance = [
+        tap
+        for tap, sizes in theirs.items()
+        if sizes not in mine.values() and any(sizes[0] == other[0] for other in mine.values())
+    ]
+    if by_chance and config.teacher_taps is None:
+        logger.warning(
+            "The teacher's %s has the size of one of the student's maps on some canvases only, and is not distilled.",
+            ", ".join(by_chance),
+        )
+    return dataclasses.replace(
+        config,
+        student_taps=config.student_taps or list(mine),
+        teacher_taps=config.teacher_taps or [tap for tap in theirs if tap not in by_chance],
+    )
+
+
+def backbone_maps(
+    face: OnBatch, canvases: Sequence[tuple[int, int]], role: str = "model"
+) -> dict[str, list[tuple[int, int]]]:
+    """The tap of each map that a detector's backbone returns, with its (h, w) in cells on each canvas.
+
+    Raises:
+        TapError: the backbone returns neither a map nor a dict of maps, or cannot take images of that size.
+    """
+    pooled = any(isinstance(module, LastLevelMaxPool) for module in face.backbone.modules())
+    found: dict[str, list[tuple[int, int]]] = {}
+    for canvas in canvases:
+        try:
+            with untouched(face):
+                maps = face(_example(face, canvas))
+        except Exception as error:
+            raise TapError(
+                f"The {role}'s backbone ({type(face.backbone).__name__}) failed on images of {canvas[0]} x {canvas[1]} "
+                f"pixels (h x w), which the student sees: {error}"
+            ) from error
+        named = {"backbone": maps} if isinstance(maps, Tensor) else maps
+        if not isinstance(named, Mapping) or any(getattr(each, "ndim", 0) != 4 for each in named.values()):
+            raise TapError(
+                f"The {role}'s backbone ({type(face.backbone).__name__}) returns {describe(maps)}; expected a feature "
+                "map (N, C, H, W) or a dict of them. Use fgd_hooks.Distiller with named taps for such a model."
+            )
+        for key, each in named.items():
+            if not (pooled and key == "pool"):  # every second cell of the map before it: nothing of its own to learn
+                tap = key if named is not maps else f"backbone['{key}']"
+                found.setdefault(tap, []).append((int(each.shape[2]), int(each.shape[3])))
+    return found
+
+
+def _example(face: OnBatch, canvas: tuple[int, int]) -> Tensor:
+    return probe_input(face, 1).expand(-1, -1, *canvas)
+
+
+def _detector(model: nn.Module, role: str) -> nn.Module:
+    if isinstance(model, nn.Module):
+        model = unwrap(model)
+        parts = dict(model.named_children())
+        if isinstance(parts.get("transform"), GeneralizedRCNNTransform) and "backbone" in parts:
+            return model
+    raise TypeError(
+        f"The {role} is a {type(model).__name__}; expected a torchvision detector, with a backbone and a transform "
+        "(GeneralizedRCNNTransform) of its own. For other models use fgd_hooks.Distiller."
+    )

@@ -1,0 +1,75 @@
+"""The inheriting strategy in an Ultralytics training: model, optimizer and EMA exist already, so it copies in place."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from fgd_hooks.parts import find_parts
+from fgd_hooks.taps import unwrap
+from fgd_hooks.transfer import inherit
+
+logger = logging.getLogger("ultralytics")  # the host's own console and log file
+
+
+def yolo_parts(model: nn.Module) -> dict[str, list[str]]:
+    """Neck and head of an Ultralytics model by its architecture file, of any other detector by a probe.
+
+    The last layer is the head, the layers between the file's backbone and the head are the neck.
+
+    Returns:
+        ``{"neck": [...], "head": [...]}``, names of modules.
+    """
+    architecture, layers = getattr(model, "yaml", None), getattr(model, "model", None)
+    if not (isinstance(architecture, dict) and "backbone" in architecture and isinstance(layers, nn.Sequential)):
+        return find_parts(model, role="teacher")
+    last = len(layers) - 1
+    neck = [f"model.{number}" for number in range(len(architecture["backbone"]), last)]
+    return {"neck": neck, "head": [f"model.{last}"]}
+
+
+def inherit_into(trainer: Any, teacher: nn.Module, parts: str, *, say: bool = True) -> None:
+    """Copy the teacher's weights into the model of a trainer and into its EMA, on each rank alike.
+
+    The optimizer holds the same parameters, and no moments yet. Between models whose levels differ (P2, P6) nothing is
+    copied: their layers of one name serve different levels.
+
+    Args:
+        trainer: at ``on_pretrain_routine_end``, not resuming.
+        teacher: with its batch normalisations, not fused.
+        parts: "neck", "head" or "neck+head".
+        say: log what was copied.
+
+    Raises:
+        TapError: the levels of a teacher that is no Ultralytics model cannot be found.
+    """
+    student, teacher = unwrap(trainer.model), unwrap(teacher)
+    wanted = parts.split("+")
+    mine, theirs = ({part: yolo_parts(model)[part] for part in wanted} for model in (student, teacher))
+    strides = [_strides(model) for model in (student, teacher)]
+    reason = ""
+    if None not in strides and strides[0] != strides[1]:
+        reason = f"the student's levels have the strides {strides[0]}, the teacher's {strides[1]}"
+    elif missing := [part for part in wanted if not theirs[part]]:
+        reason = f"no {missing[0]} was found in the teacher ({type(teacher).__name__})"
+    if reason:
+        if say:
+            logger.warning("FGD: inherit=%s: nothing was inherited: %s.", parts, reason)
+        return
+    result = inherit(student, teacher, mine, teacher_parts=theirs)
+    if trainer.ema:
+        values, averaged = student.state_dict(), unwrap(trainer.ema.ema).state_dict()
+        with torch.no_grad():
+            for name in result.copied:
+                averaged[name].copy_(values[name])
+    if say:
+        level = logging.INFO if result.copied else logging.WARNING
+        logger.log(level, "FGD: inherit=%s: %s.", parts, result.summary)
+
+
+def _strides(model: nn.Module) -> list[int] | None:
+    stride = getattr(model, "stride", None)
+    return [int(each) for each in stride] if isinstance(stride, torch.Tensor) else None

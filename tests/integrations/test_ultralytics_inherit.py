@@ -1,0 +1,174 @@
+import logging
+
+import pytest
+import torch
+
+pytest.importorskip("ultralytics")
+
+from fgd_hooks import ConfigError, FGDCallback
+from fgd_hooks.integrations.ultralytics_inherit import inherit_into, yolo_parts
+from fgd_hooks.integrations.ultralytics_teacher import load_teacher
+from fgd_hooks.transfer import inherit
+from tests.conftest import TINY, WIDE, architecture
+from tests.tiny import TinyDetector
+
+
+@pytest.fixture
+def log(caplog):
+    """What the training says, on Ultralytics' own logger."""
+    from ultralytics.utils import LOGGER
+
+    LOGGER.addHandler(caplog.handler)
+    caplog.set_level(logging.INFO)
+    yield caplog
+    LOGGER.removeHandler(caplog.handler)
+
+
+def lines(log):
+    return [record.getMessage() for record in log.records if "inherit=" in record.getMessage()]
+
+
+@pytest.fixture
+def like_teacher(tmp_path):
+    """A student as wide as the teacher, with weights of another seed."""
+    return architecture(tmp_path, "yolo26n.yaml", WIDE)
+
+
+@pytest.fixture
+def teachers(teacher_file):
+    return load_teacher(teacher_file, fuse=False).state_dict()
+
+
+def in_parts(model, *parts):
+    prefixes = tuple(f"{name}." for part in parts for name in yolo_parts(model)[part])
+    return [name for name in model.state_dict() if name.startswith(prefixes)]
+
+
+def detection_model(file, seed=0):
+    from ultralytics.nn.tasks import DetectionModel
+
+    torch.manual_seed(seed)
+    return DetectionModel(str(file), nc=6, verbose=False)
+
+
+class Stop(Exception):
+    pass
+
+
+def test_model_and_average_begin_with_the_teachers_weights_and_a_resumed_run_does_not(
+    train, teacher_file, teachers, like_teacher, tmp_path, log
+):
+    from ultralytics import YOLO
+
+    seen = {}
+
+    def look(trainer):
+        for key, model in (("model", trainer.model), ("ema", trainer.ema.ema)):
+            state = model.state_dict()
+            seen[key] = {name for name in state if torch.equal(state[name], teachers[name])}
+        seen["parts"] = set(in_parts(trainer.model, "neck", "head"))
+        seen["optimized"] = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+        seen["trained"] = {id(p) for p in trainer.model.parameters() if p.requires_grad}
+
+    def stop(trainer):
+        if trainer.epoch == 1:
+            raise Stop
+
+    hooks = [("on_train_start", look), ("on_train_epoch_start", stop)]
+    with pytest.raises(Stop):
+        callback = FGDCallback(teacher_file, inherit="neck+head")
+        train(callback, model=YOLO(str(like_teacher)), epochs=2, hooks=hooks)
+    assert seen["parts"] <= seen["model"]
+    assert seen["parts"] <= seen["ema"]
+    assert "model.0.conv.weight" not in seen["model"] | seen["ema"], "the backbone is the student's own"
+    assert seen["trained"] <= seen["optimized"], "the optimizer holds the very parameters that were set"
+    (line,) = lines(log)
+    assert f"({len(seen['parts'])} tensors, 0 kept)" in line
+    log.clear()
+
+    last = tmp_path / "run" / "weights" / "last.pt"
+    first_layer = "model.13.cv1.conv.weight"
+    assert first_layer in seen["parts"]
+    callback = FGDCallback(teacher_file, inherit="neck+head")
+    yolo = train(callback, model=YOLO(str(last)), resume=True, hooks=[("on_train_start", look)])
+    assert lines(log) == []
+    assert first_layer not in seen["model"], "one epoch has moved it, and nothing put the teacher's back"
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in yolo.trainer.model.modules())
+    stock = detection_model(like_teacher).state_dict()
+    assert YOLO(str(last)).model.state_dict().keys() == stock.keys()
+
+
+def test_a_student_of_another_width_is_told_and_trains(train, teacher_file, log):
+    yolo = train(FGDCallback(teacher_file, inherit="neck"))
+    (record,) = [record for record in log.records if "inherit=" in record.getMessage()]
+    assert record.levelno == logging.WARNING
+    assert "nothing of the neck was inherited" in record.getMessage()
+    assert yolo.trainer.epoch == 0
+    assert yolo.trainer.last.is_file()
+
+
+class Trainer:
+    """What inherit_into looks at."""
+
+    ema = None
+
+    def __init__(self, model):
+        self.model = model
+
+
+def test_parts_by_the_architecture_file(like_teacher):
+    parts = yolo_parts(detection_model(like_teacher))
+    assert parts == {"neck": [f"model.{number}" for number in range(11, 23)], "head": ["model.23"]}
+    assert yolo_parts(TinyDetector()) == {"neck": ["neck"], "head": ["head"]}
+
+
+def test_families_with_other_numbers_of_layers_pair_in_order(tmp_path, log):
+    student = detection_model(architecture(tmp_path, "yolov8n.yaml", WIDE))
+    teacher = detection_model(architecture(tmp_path, "yolo11n.yaml", WIDE), seed=1)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.add_(1)
+    inherit_into(Trainer(student), teacher, "neck+head")
+    # the convolutions between the levels and the branches for boxes are the same in both families
+    for mine, theirs in (("model.16.conv.weight", "model.17.conv.weight"), ("model.22.cv2.0.0.conv.weight",) * 2):
+        theirs = theirs.replace("model.22.", "model.23.")
+        assert torch.equal(student.state_dict()[mine], teacher.state_dict()[theirs]), mine
+    assert "were inherited" in lines(log)[0]
+
+
+def test_a_shallower_student_takes_what_fits(tmp_path, log):
+    (tmp_path / "deep").mkdir()
+    student = detection_model(architecture(tmp_path, "yolov8n.yaml", WIDE))
+    teacher = detection_model(architecture(tmp_path / "deep", "yolov8n.yaml", {"n": [0.67, *WIDE["n"][1:]]}), seed=1)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    inherit_into(Trainer(student), teacher, "neck")
+    after, given = student.state_dict(), teacher.state_dict()
+    for same in ("model.15.cv1.conv.weight", "model.15.m.0.cv1.conv.weight", "model.16.conv.weight"):
+        assert torch.equal(after[same], given[same]), same
+    # two bottlenecks instead of one: the convolution that joins them is wider
+    for other in ("model.15.cv2.conv.weight", "model.15.cv2.bn.weight", "model.22.cv2.0.0.conv.weight"):
+        assert torch.equal(after[other], before[other]), other
+    assert "model.12.cv2.conv.weight is" in lines(log)[0]
+
+
+def test_levels_of_other_strides_inherit_nothing(tmp_path, log):
+    student = detection_model(architecture(tmp_path, "yolo26n.yaml", TINY))
+    teacher = detection_model(architecture(tmp_path, "yolo26-p2.yaml", TINY), seed=1)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    inherit_into(Trainer(student), teacher, "neck+head")
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    assert "[8, 16, 32], the teacher's [4, 8, 16, 32]" in lines(log)[0]
+
+
+def test_a_teacher_that_is_fused_gives_nothing(like_teacher):
+    student, teacher = detection_model(like_teacher), detection_model(like_teacher, seed=1)
+    neck = {"neck": yolo_parts(student)["neck"]}
+    assert inherit(student, teacher, neck).kept == {}
+    result = inherit(student, teacher.fuse(verbose=False), neck)
+    assert not result.copied
+    assert "is it fused?" in result.summary
+
+
+def test_an_unknown_part():
+    with pytest.raises(ConfigError, match=r"inherit is 'neck,head'.*neck\+head"):
+        FGDCallback("t.pt", inherit="neck,head")
