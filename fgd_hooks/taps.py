@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from fgd_hooks.registry import suggestion
 
 Index = int | str
+_NUMBER = re.compile(r"-?\d+")
 _TAP_TEXT = re.compile(r"^(?P<module>[^:\[\]]*)(?::(?P<io>input|output))?(?P<indices>(?:\[[^\[\]]+\])*)$")
 
 
@@ -68,12 +69,14 @@ class Tap:
                 "for example 'neck.fpn.2', 'model.23:input[1]' or 'backbone[pool]'."
             )
         keys = re.findall(r"\[([^\[\]]+)\]", match["indices"])
-        index = tuple(int(key) if re.fullmatch(r"-?\d+", key) else key.strip("'\"") for key in keys)
+        index = tuple(int(key) if _NUMBER.fullmatch(key) else key.strip("'\"") for key in keys)
         return cls(match["module"], "input" if match["io"] == "input" else "output", index)
 
     def __str__(self) -> str:
         io = ":input" if self.io == "input" else ""
-        return f"{self.module or '(model)'}{io}{''.join(f'[{key}]' for key in self.index)}"
+        # a text that reads as a number is quoted, as parse() takes it
+        keys = [repr(key) if isinstance(key, str) and _NUMBER.fullmatch(key) else key for key in self.index]
+        return f"{self.module or '(model)'}{io}{''.join(f'[{key}]' for key in keys)}"
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -19,18 +19,17 @@ from tests.tiny import TinyDetector, batch
         ("neck.out.1", Tap("neck.out.1")),
         ("model.23:input[1]", Tap("model.23", "input", (1,))),
         ("backbone:output[pool][-1]", Tap("backbone", "output", ("pool", -1))),
-        ("backbone['0']", Tap("backbone", "output", (0,))),
+        ("backbone['0']", Tap("backbone", "output", ("0",))),
+        ("backbone[0]", Tap("backbone", "output", (0,))),
         ("neck.*", Tap("neck.*")),
     ],
 )
 def test_parse(text, tap):
-    if text == "backbone['0']":
-        tap = Tap("backbone", "output", ("0",))
     assert Tap.parse(text) == tap
 
 
 def test_text_form_reads_back():
-    for tap in (Tap("a.b"), Tap("a", "input", (2,)), Tap("a", "output", ("x", 1))):
+    for tap in (Tap("a.b"), Tap("a", "input", (2,)), Tap("a", "output", ("x", 1)), Tap("a", "output", ("0",))):
         assert Tap.parse(str(tap)) == tap
 
 

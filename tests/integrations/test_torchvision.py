@@ -193,10 +193,10 @@ def test_the_maps_of_the_neck_pair_for_every_family(family):
         taps = [str(pair.student.tap) for pair in distiller.pairs]
         strides = [pair.student.stride for pair in distiller.pairs]
     if family == "ssd":  # its one canvas is 96 x 96
-        assert (taps, strides) == ([f"backbone[{number}]" for number in range(4)], [8, 16, 32, 96])
+        assert (taps, strides) == ([f"backbone['{number}']" for number in range(4)], [8, 16, 32, 96])
     elif family in ("retinanet", "fcos"):
         assert strides == [8, 16, 32, 64, 128]
-        assert taps == ["backbone[0]", "backbone[1]", "backbone[2]", "backbone[p6]", "backbone[p7]"]
+        assert taps == ["backbone['0']", "backbone['1']", "backbone['2']", "backbone[p6]", "backbone[p7]"]
     else:
         assert strides == [4, 8, 16, 32], "without pool, every second cell of P5"
 
@@ -204,7 +204,7 @@ def test_the_maps_of_the_neck_pair_for_every_family(family):
 def test_a_map_of_no_stride_in_common_has_no_partner(student, caplog):
     with TorchvisionDistiller(student, build("ssd", seed=1), FIXED) as distiller:
         assert distiller.level_names == FINE
-    assert "Levels of the teacher without a partner are not distilled: S37 (backbone[3])" in caplog.text
+    assert "Levels of the teacher without a partner are not distilled: S37 (backbone['3'])" in caplog.text
 
 
 class Unpadded(SSDBody):
