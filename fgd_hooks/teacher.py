@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,9 @@ from fgd_hooks.config import TeacherConfig
 from fgd_hooks.taps import FeatureTaps, StopForward, Tap, TapError, run_until_tapped, unwrap
 
 logger = logging.getLogger("fgd_hooks")
+
+COMPILES_FROM = (2, 6)
+"""torch 2.4 compiles a tapped teacher more than once and holds on to its features; tried again with 2.15."""
 
 
 class TeacherError(ValueError):
@@ -42,7 +46,13 @@ class FrozenTeacher:
             parameter.requires_grad_(False)
         self.taps = FeatureTaps(self.model, taps, role="teacher", stop=True)
         self.taps.enabled = False
-        self._compiled: Callable[[Any], list[Tensor]] | None = torch.compile(self._whole) if config.compile else None
+        self._compiled: Callable[[Any], list[Tensor]] | None = None
+        if config.compile and _numbers(torch.__version__) < COMPILES_FROM:
+            needed = ".".join(map(str, COMPILES_FROM))
+            found = torch.__version__
+            logger.warning("teacher.compile=true needs torch %s (found %s); the teacher runs as it is.", needed, found)
+        elif config.compile:
+            self._compiled = torch.compile(self._whole)
 
     def features(self, images: Any) -> list[Tensor]:
         """The features (N, C, H, W) of a batch, in the order of the taps, without gradient.
@@ -104,6 +114,10 @@ class FrozenTeacher:
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
         self._modes, self._flags = [], []
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def check_finite(teacher: nn.Module) -> None:

@@ -263,8 +263,10 @@ def end_states(folder: Path, distil: bool, name: str) -> list[dict[str, torch.Te
 
 
 def distance(states: list[dict[str, torch.Tensor]]) -> float:
-    """|a - b| / |a| over all weights."""
-    one, other = ([value.double().flatten() for value in state.values()] for state in states)
+    """|a - b| / |a| over all weights and batch statistics; without the counters of batches."""
+    one, other = (
+        [value.double().flatten() for value in state.values() if value.is_floating_point()] for state in states
+    )
     difference = sum(float((a - b).square().sum()) for a, b in zip(one, other, strict=True))
     return float((difference / sum(float(a.square().sum()) for a in one)) ** 0.5)
 

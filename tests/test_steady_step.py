@@ -47,6 +47,7 @@ def boxes_on(device, images=2, each=5, size=64.0):
     return PackedBoxes.from_flat(corners.flatten(1), owner, images, (size, size))
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.4"), reason="fake CUDA tensors of torch 2.4 ask for the driver")
 def test_the_loss_on_a_gpu_never_asks_for_a_value():
     """On tensors without values that claim to be on a GPU, whatever would make the host wait is an error."""
     with FakeTensorMode():
