@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from fgd_hooks.config import TeacherConfig
 from fgd_hooks.taps import FeatureTaps, StopForward, Tap, TapError, run_until_tapped, unwrap
+from fgd_hooks.versions import version_numbers
 
 logger = logging.getLogger("fgd_hooks")
 
@@ -47,7 +47,7 @@ class FrozenTeacher:
         self.taps = FeatureTaps(self.model, taps, role="teacher", stop=True)
         self.taps.enabled = False
         self._compiled: Callable[[Any], list[Tensor]] | None = None
-        if config.compile and _numbers(torch.__version__) < COMPILES_FROM:
+        if config.compile and version_numbers(torch.__version__) < COMPILES_FROM:
             needed = ".".join(map(str, COMPILES_FROM))
             found = torch.__version__
             logger.warning("teacher.compile=true needs torch %s (found %s); the teacher runs as it is.", needed, found)
@@ -114,10 +114,6 @@ class FrozenTeacher:
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
         self._modes, self._flags = [], []
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def check_finite(teacher: nn.Module) -> None:

@@ -20,9 +20,10 @@ from fgd_hooks.integrations.ultralytics_compiled import DistillingLoss, drop_los
 from fgd_hooks.pyramid import find_sources
 from fgd_hooks.taps import Tap, unwrap
 from fgd_hooks.teacher import COMPILES_FROM, FrozenTeacher
+from fgd_hooks.versions import version_numbers
 from tests.tiny import TinyDetector, batch, trained
 
-old = tuple(int(number) for number in torch.__version__.split(".")[:2]) < COMPILES_FROM
+old = version_numbers(torch.__version__) < COMPILES_FROM
 new_compiler = pytest.mark.skipif(old, reason="compiling was tried with torch 2.15; torch 2.4 cannot")
 
 TAPS = [Tap("head", "input", (number,)) for number in range(3)]

@@ -93,7 +93,7 @@ class TrainingRun:
         """Register the hooks, read the side file when resuming, open TensorBoard."""
         trainer = self.trainer
         try:
-            if int(os.environ.get("RANK", -1)) <= 0:
+            if is_first_rank():
                 remove_leftovers(Path(trainer.wdir) / SIDE_FILE)
             if self.parameters and is_distributed():
                 # our parameters are outside the trainer's DDP; without one of their own the ranks would drift apart.

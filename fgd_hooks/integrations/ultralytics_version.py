@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from fgd_hooks.versions import version_numbers
 
 OLDEST = "8.4.177"
 
@@ -23,12 +23,8 @@ def check_version() -> None:
     """
     import ultralytics
 
-    if _numbers(ultralytics.__version__) < _numbers(OLDEST):
+    if version_numbers(ultralytics.__version__) < version_numbers(OLDEST):
         raise VersionError(
             f"FGDCallback needs ultralytics {OLDEST} or newer; found {ultralytics.__version__}, which loses callbacks "
             "on several GPUs or after an error. Update it: pip install -U ultralytics"
         )
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])

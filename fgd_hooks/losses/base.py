@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from fgd_hooks.losses.attention import compute_dtype, no_autocast
 from fgd_hooks.masks import Canvas, PackedBoxes
 from fgd_hooks.registry import Registry
 
@@ -60,6 +62,50 @@ class FeatureLoss(nn.Module):
         raise NotImplementedError
 
 
+class WholeMapLoss(FeatureLoss):
+    """Base of the losses of one part that compare whole maps; the boxes play no part.
+
+    A subclass sets :attr:`part_names` to its one name and implements :meth:`measure`. Sums are in float32, or float64
+    if a feature is, whatever the autocast.
+
+    Args:
+        channels: C of both features, for a clear error if they have another; None takes any.
+        alpha: weight of the part.
+
+    Raises:
+        ValueError: a weight that is negative or not finite.
+    """
+
+    def __init__(self, channels: int | None, alpha: float) -> None:
+        super().__init__()
+        check_weights(alpha=alpha)
+        self.channels, self.alpha = channels, alpha
+
+    def measure(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The part before its weight, (), of two features (N, C, H, W); called without autocast."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        boxes: Sequence[Tensor] | PackedBoxes,
+        canvas: Canvas | None = None,
+    ) -> LossResult:
+        """The part for one level; arguments as in :meth:`FeatureLoss.forward`.
+
+        Raises:
+            ValueError: features that differ in shape or have another number of channels.
+        """
+        check_features(student, teacher, self.channels)
+        dtype = compute_dtype(student, teacher)
+        with no_autocast(student.device):
+            raw = self.measure(student.to(dtype), teacher.detach().to(dtype))
+            part = raw * self.alpha
+        (name,) = self.part_names
+        return LossResult({name: part}, {name: raw}, part)
+
+
 def register_loss(name: str) -> Callable[[LossClass], LossClass]:
     """Class decorator that makes a loss available to configurations under ``name``."""
     return LOSSES.register(name)
@@ -78,6 +124,19 @@ def create_loss(name: str, **options: Any) -> FeatureLoss:
 def list_losses() -> list[str]:
     """The names of all registered losses."""
     return LOSSES.names()
+
+
+def check_weights(**weights: float) -> None:
+    """Raise a ValueError that names the first weight that is negative or not finite."""
+    for name, value in weights.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be 0 or positive, and finite, found {value}.")
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise a ValueError unless the temperature of a softmax is positive and finite."""
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be positive and finite, found {temperature}.")
 
 
 def check_features(student: Tensor, teacher: Tensor, channels: int | None = None) -> None:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from fgd_hooks.losses.attention import compute_dtype, no_autocast
-from fgd_hooks.losses.base import FeatureLoss, LossResult, check_features, register_loss
-from fgd_hooks.masks import Canvas, PackedBoxes
+from fgd_hooks.losses.base import WholeMapLoss, check_temperature, register_loss
 
 
 @register_loss("cwd")
-class ChannelWiseLoss(FeatureLoss):
+class ChannelWiseLoss(WholeMapLoss):
     """Each channel as a distribution over its cells, compared by the Kullback-Leibler divergence (Eq. 4 and 5).
 
         p = softmax over (h, w) of F / T
@@ -33,31 +28,13 @@ class ChannelWiseLoss(FeatureLoss):
     part_names = ("channelwise",)
 
     def __init__(self, channels: int | None = None, temperature: float = 1.0, alpha: float = 1.0) -> None:
-        super().__init__()
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ValueError(f"temperature must be positive and finite, found {temperature}.")
-        if not (math.isfinite(alpha) and alpha >= 0):
-            raise ValueError(f"alpha must be 0 or positive, and finite, found {alpha}.")
-        self.channels, self.temperature, self.alpha = channels, temperature, alpha
+        super().__init__(channels, alpha)
+        check_temperature(temperature)
+        self.temperature = temperature
 
-    def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        boxes: Sequence[Tensor] | PackedBoxes,
-        canvas: Canvas | None = None,
-    ) -> LossResult:
-        """The part for one level; arguments as in :meth:`FeatureLoss.forward`.
-
-        Raises:
-            ValueError: features that differ in shape.
-        """
-        check_features(student, teacher, self.channels)
-        dtype = compute_dtype(student, teacher)
-        with no_autocast(student.device):
-            log_s = (student.to(dtype).flatten(2) / self.temperature).log_softmax(2)
-            log_t = (teacher.detach().to(dtype).flatten(2) / self.temperature).log_softmax(2)
-            divergence = (log_t.exp() * (log_t - log_s)).sum()
-            raw = divergence * self.temperature**2 / (student.shape[1] * student.shape[0])
-            part = raw * self.alpha
-        return LossResult({"channelwise": part}, {"channelwise": raw}, part)
+    def measure(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The divergence, (), of two features (N, C, H, W)."""
+        log_s = (student.flatten(2) / self.temperature).log_softmax(2)
+        log_t = (teacher.flatten(2) / self.temperature).log_softmax(2)
+        divergence = (log_t.exp() * (log_t - log_s)).sum()
+        return divergence * self.temperature**2 / (student.shape[1] * student.shape[0])

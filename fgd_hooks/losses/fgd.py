@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,15 @@ import torch
 from torch import Tensor
 
 from fgd_hooks.losses.attention import Weights, compute_dtype, plain_terms
-from fgd_hooks.losses.base import FeatureLoss, LossResult, check_features, pack_boxes, register_loss
+from fgd_hooks.losses.base import (
+    FeatureLoss,
+    LossResult,
+    check_features,
+    check_temperature,
+    check_weights,
+    pack_boxes,
+    register_loss,
+)
 from fgd_hooks.losses.context import GcBlock
 from fgd_hooks.losses.fused import fused_terms
 from fgd_hooks.masks import Canvas, PackedBoxes, box_masks
@@ -69,11 +76,8 @@ class FGDLoss(FeatureLoss):
         fused: bool = True,
     ) -> None:
         super().__init__()
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ValueError(f"temperature must be positive and finite, found {temperature}.")
-        for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma), ("lambda_", lambda_)):
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be 0 or positive, and finite, found {value}.")
+        check_temperature(temperature)
+        check_weights(alpha=alpha, beta=beta, gamma=gamma, lambda_=lambda_)
         self.channels = channels
         self.temperature = temperature
         self.alpha, self.beta, self.gamma, self.lambda_ = alpha, beta, gamma, lambda_

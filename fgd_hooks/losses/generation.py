@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
-from fgd_hooks.losses.attention import compute_dtype, no_autocast
-from fgd_hooks.losses.base import FeatureLoss, LossResult, check_features, register_loss
-from fgd_hooks.masks import Canvas, PackedBoxes
+from fgd_hooks.losses.base import WholeMapLoss, register_loss
 
 
 @register_loss("mgd")
-class GenerationLoss(FeatureLoss):
+class GenerationLoss(WholeMapLoss):
     """The student's feature with random cells blanked has to generate the teacher's whole one (Eq. 3 and 4).
 
         M(h, w) = 0 with probability ``masked``, else 1, for each image anew
@@ -37,38 +32,20 @@ class GenerationLoss(FeatureLoss):
     part_names = ("generation",)
 
     def __init__(self, channels: int, masked: float = 0.65, alpha: float = 2e-5) -> None:
-        super().__init__()
+        super().__init__(channels, alpha)
         if not 0 <= masked < 1:
             raise ValueError(f"masked must be a fraction from 0 to below 1, found {masked}.")
-        if not (math.isfinite(alpha) and alpha >= 0):
-            raise ValueError(f"alpha must be 0 or positive, and finite, found {alpha}.")
-        self.channels, self.masked, self.alpha = channels, masked, alpha
+        self.masked = masked
         self.generation = nn.Sequential(
             nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1)
         )
         self._random: torch.Generator | None = None
 
-    def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        boxes: Sequence[Tensor] | PackedBoxes,
-        canvas: Canvas | None = None,
-    ) -> LossResult:
-        """The part for one level; arguments as in :meth:`FeatureLoss.forward`.
-
-        Raises:
-            ValueError: features that differ in shape or have another number of channels.
-        """
-        check_features(student, teacher, self.channels)
-        dtype = compute_dtype(student, teacher)
+    def measure(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The squared difference, (), of the teacher's feature (N, C, H, W) and the generated one."""
         own = next(self.generation.parameters()).dtype
-        with no_autocast(student.device):
-            blanked = student.to(own) * self.mask(student).to(own)
-            generated = self.generation(blanked)
-            raw = (teacher.detach().to(dtype) - generated.to(dtype)).square().sum() / student.shape[0]
-            part = raw * self.alpha
-        return LossResult({"generation": part}, {"generation": raw}, part)
+        generated: Tensor = self.generation(student.to(own) * self.mask(student).to(own))
+        return (teacher - generated.to(teacher)).square().sum() / student.shape[0]
 
     def mask(self, feature: Tensor) -> Tensor:
         """(N, 1, H, W), bool: the cells of ``feature`` (N, C, H, W) that are kept, drawn anew in each call."""

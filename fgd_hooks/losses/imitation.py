@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fgd_hooks.losses.attention import compute_dtype, no_autocast
-from fgd_hooks.losses.base import FeatureLoss, LossResult, check_features, pack_boxes, register_loss
+from fgd_hooks.losses.base import FeatureLoss, LossResult, check_features, check_weights, pack_boxes, register_loss
 from fgd_hooks.masks import Canvas, PackedBoxes, box_masks
 
 
@@ -42,9 +41,7 @@ class ImitationLoss(FeatureLoss):
         super().__init__()
         if mode not in ("all", "split"):
             raise ValueError(f"mode must be 'all' or 'split', found {mode!r}.")
-        for name, value in (("alpha", alpha), ("beta", beta)):
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be 0 or positive, and finite, found {value}.")
+        check_weights(alpha=alpha, beta=beta)
         self.channels = channels
         self.mode = mode
         self.alpha, self.beta = alpha, beta

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from fgd_hooks.losses.attention import compute_dtype, no_autocast
-from fgd_hooks.losses.base import FeatureLoss, LossResult, check_features, register_loss
-from fgd_hooks.masks import Canvas, PackedBoxes
+from fgd_hooks.losses.base import WholeMapLoss, register_loss
 
 _EPSILON = 1e-6
 
 
 @register_loss("pkd")
-class PearsonLoss(FeatureLoss):
+class PearsonLoss(WholeMapLoss):
     """Squared difference of features that are normalised channel by channel (Eq. 3): 1 minus their correlation.
 
         hat(F) = (F - mean) / (std + 1e-6), both over the batch and all cells of a channel
@@ -37,30 +32,11 @@ class PearsonLoss(FeatureLoss):
     part_names = ("pearson",)
 
     def __init__(self, channels: int | None = None, alpha: float = 6.0) -> None:
-        super().__init__()
-        if not (math.isfinite(alpha) and alpha >= 0):
-            raise ValueError(f"alpha must be 0 or positive, and finite, found {alpha}.")
-        self.channels, self.alpha = channels, alpha
+        super().__init__(channels, alpha)
 
-    def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        boxes: Sequence[Tensor] | PackedBoxes,
-        canvas: Canvas | None = None,
-    ) -> LossResult:
-        """The part for one level; arguments as in :meth:`FeatureLoss.forward`.
-
-        Raises:
-            ValueError: features that differ in shape.
-        """
-        check_features(student, teacher, self.channels)
-        dtype = compute_dtype(student, teacher)
-        with no_autocast(student.device):
-            difference = _normalised(teacher.detach().to(dtype)) - _normalised(student.to(dtype))
-            raw = difference.square().mean() / 2
-            part = raw * self.alpha
-        return LossResult({"pearson": part}, {"pearson": raw}, part)
+    def measure(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Half the mean square, (), between two features (N, C, H, W) after normalising."""
+        return (_normalised(teacher) - _normalised(student)).square().mean() / 2
 
 
 def _normalised(feature: Tensor) -> Tensor:
