@@ -76,7 +76,7 @@ class CallbackStep:
             wdir=folder,
             save_dir=folder,
         )
-        self.run = TrainingRun(self.trainer, load_teacher(teacher, fuse=config.teacher.fuse), config)
+        self.run = TrainingRun(self.trainer, [load_teacher(teacher, fuse=config.teacher.fuse)], config)
         self.run.install()
         self.measured: list[bool] = []
 
@@ -118,7 +118,7 @@ def yolo_arms(student: str, teacher: str, size: int, count: int, folder: Path) -
 
     beside = yolo(student, args=args)
     beside_optimizer = adamw(beside)
-    frozen = CallbackStep(yolo(student, args=args), file, config, batch, folder).run.distiller._teacher
+    frozen = CallbackStep(yolo(student, args=args), file, config, batch, folder).run.distiller._teachers[0]
 
     def step_floor() -> None:
         frozen.features(batch["img"])
@@ -174,7 +174,7 @@ def retinanet_arms(size: int, count: int) -> dict[str, Callable[[], None]]:
 
     def step_floor() -> None:
         if frozen is not None:
-            frozen._teacher.features(beside.images)
+            frozen._teachers[0].features(beside.images)
         beside()
 
     return {"alone": alone, "ours": ours, "ours, no balance": unbalanced, "floor": step_floor}

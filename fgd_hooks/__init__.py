@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from fgd_hooks.adapters import create_adapter, list_adapters, register_adapter
 from fgd_hooks.config import ConfigError, FGDConfig, load_config, save_config
-from fgd_hooks.distiller import Distilled, Distiller
+from fgd_hooks.distiller import Distilled, Distiller, PerTeacher
 from fgd_hooks.losses import (
     FGDLoss,
     ImitationLoss,
@@ -39,6 +39,7 @@ __all__ = [
     "LevelPair",
     "LossResult",
     "PairingError",
+    "PerTeacher",
     "Tap",
     "TapError",
     "TeacherError",

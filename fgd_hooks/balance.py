@@ -32,7 +32,10 @@ class Balance:
 
     Args:
         config: mode, target ratio, moving average and bounds.
-        count: number of levels L.
+        count: number of levels L; with several losses or teachers, one for each level of each.
+        weights: (L,) what multiplies the target ratio, or in mode "fixed" the scale; None: 1.
+        groups: for each level the number of its loss and teacher: without ``per_level``, one scale for each of these;
+            None: all are of one.
 
     Attributes:
         scales: (L,) what the losses are multiplied by; 1 each in mode "fixed".
@@ -40,8 +43,16 @@ class Balance:
             use; NaN before the first.
     """
 
-    def __init__(self, config: BalanceConfig, count: int) -> None:
+    def __init__(
+        self,
+        config: BalanceConfig,
+        count: int,
+        weights: Sequence[float] | None = None,
+        groups: Sequence[int] | None = None,
+    ) -> None:
         self.config = config
+        self.weights = torch.ones(count) if weights is None else torch.tensor([float(each) for each in weights])
+        self.groups = torch.zeros(count, dtype=torch.long) if groups is None else torch.tensor(list(groups))
         self.scales = torch.ones(count)
         self.ratios = torch.full((count,), math.nan)
         self._measured = torch.zeros(count)  # measurements that counted, per level
@@ -58,7 +69,7 @@ class Balance:
     def to(self, device: torch.device) -> None:
         """Keep the scales on the device of the losses, so that no step waits for the device."""
         if self.scales.device != device:
-            for name in ("scales", "ratios", "_measured"):
+            for name in ("scales", "ratios", "_measured", "weights", "groups"):
                 setattr(self, name, getattr(self, name).to(device))
 
     def next_step(self) -> bool:
@@ -105,8 +116,8 @@ class Balance:
 
     @property
     def factors(self) -> Tensor:
-        """(L,) the scales to use: 0 for a level that no measurement has reached yet."""
-        return self.scales * (self._measured > 0) if self.measures else self.scales
+        """(L,) what the losses are multiplied by: 0 for a level that no measurement has reached yet."""
+        return self.scales * (self._measured > 0) if self.measures else self.scales * self.weights
 
     def close(self) -> None:
         """Take the norms of the last measuring step; a level that no gradient has reached counts as 0.
@@ -142,8 +153,8 @@ class Balance:
             torch.distributed.all_reduce(both)  # the ranks must agree on the scales
             task, distillation = both.sqrt()
         if not config.per_level:
-            task, distillation = (norms.square().sum().sqrt().expand_as(norms) for norms in (task, distillation))
-        target = config.ratio * task / distillation
+            task, distillation = (self._whole(norms) for norms in (task, distillation))
+        target = config.ratio * self.weights * task / distillation
         good = torch.isfinite(target) & (target > 0)
         found = torch.where(good, target, torch.ones_like(target)).clamp(config.min_scale, config.max_scale)
         kept = (self._measured / (self._measured + 1)).clamp(max=config.momentum)
@@ -154,6 +165,11 @@ class Balance:
         self.scales = torch.where(good, (self.scales.log() + change).exp(), self.scales)
         self.scales = self.scales.clamp(config.min_scale, config.max_scale) if self.measures else self.scales
         self._measured = self._measured + good
+
+    def _whole(self, norms: Tensor) -> Tensor:
+        """(L,) for each level the norm over all levels of its loss and teacher."""
+        sums = torch.zeros_like(norms).index_add(0, self.groups, norms.square())
+        return sums[self.groups].sqrt()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs: plain tensors and numbers."""

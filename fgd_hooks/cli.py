@@ -1,4 +1,4 @@
-"""The ``fgd`` command: train, doctor, levels, eval, compare, quickstart."""
+"""The ``fgd`` command: train, doctor, levels, eval, compare, quickstart, study."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from fgd_hooks.adapters import automatic_adapter
 from fgd_hooks.config import ConfigError, FGDConfig, load_config
 from fgd_hooks.evaldata import DataError
 from fgd_hooks.health import NonFiniteError
+from fgd_hooks.integrations.ultralytics_task import NO_TEXT_ENCODER, TaskError
 from fgd_hooks.integrations.ultralytics_version import VersionError
 from fgd_hooks.modelnames import ModelNameError, load_model, load_yolo
 from fgd_hooks.pyramid import Level, LevelPair, PairingError, find_levels, pair_levels
@@ -20,6 +21,8 @@ from fgd_hooks.quickstart.processes import QuickstartError
 from fgd_hooks.registry import UnknownNameError, suggestion
 from fgd_hooks.runfolder import RunError
 from fgd_hooks.sidefile import SideFileError
+from fgd_hooks.study.command import add_parser
+from fgd_hooks.study.spec import StudyError
 from fgd_hooks.taps import TapError
 from fgd_hooks.teacher import TeacherError
 
@@ -33,7 +36,9 @@ USER_ERRORS = (
     QuickstartError,
     RunError,
     SideFileError,
+    StudyError,
     TapError,
+    TaskError,
     TeacherError,
     UnknownNameError,
     VersionError,
@@ -44,7 +49,7 @@ example:
   fgd train teacher=yolo26s.pt model=yolo26n.pt data=coco8.yaml epochs=100 imgsz=640 fgd.balance.ratio=0.5
 
 keys:
-  teacher=   weights of the teacher (required)
+  teacher=   weights of the teacher, or several, teacher=[a.pt,b.pt] (required, unless fgd.teachers names them)
   model=     weights or yaml of the student; with resume=True the last.pt to go on from (required)
   config=    YAML file with the settings of the distillation
   fgd.*=     single settings of the distillation; they win over config=
@@ -133,12 +138,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     quickstart.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the student runs")
     quickstart.set_defaults(run=_quickstart)
 
+    add_parser(commands)
+
     arguments = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s")
     try:
         return int(arguments.run(arguments) or 0)
     except USER_ERRORS as error:
         print(f"fgd {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name != "clip":
+            raise
+        print(f"fgd {arguments.command}: {NO_TEXT_ENCODER}", file=sys.stderr)
         return 2
 
 
@@ -157,6 +169,8 @@ def key_values(settings: Sequence[str]) -> dict[str, Any]:
         key, value = parse_key_value_pair(text)
         if key in values:
             raise ConfigError(f"{key} is given twice.")
+        if key == "teacher" and isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+            value = [file.strip(" '\"") for file in value[1:-1].split(",")]
         values[key] = value
     return values
 
@@ -174,10 +188,13 @@ def _training_settings(arguments: argparse.Namespace, *more: tuple[str, str]) ->
     ours = [text.removeprefix("fgd.") for text in arguments.settings if text.startswith("fgd.")]
     rest = [text for text in arguments.settings if not text.startswith("fgd.")]
     settings = key_values(rest)
+    config = load_config(settings.pop("config", None), ours)
+    if not settings.get("teacher") and config.teachers and all(share.name for share in config.teachers):
+        settings["teacher"] = [share.name for share in config.teachers]
     for key, meaning in (("teacher", "weights of the teacher"), ("model", "weights or yaml of the student"), *more):
         if not settings.get(key):
             raise ConfigError(f"{key}= is missing ({meaning}); see fgd {arguments.command} --help.")
-    return settings, load_config(settings.pop("config", None), ours)
+    return settings, config
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -201,14 +218,14 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from fgd_hooks.distiller import check_names
     from fgd_hooks.integrations.ultralytics_doctor import diagnose
+    from fgd_hooks.lessons import check_names
 
     settings, config = _training_settings(arguments, ("data", "yaml file of the data set"))
     check_names(config)
     check_data(str(settings["data"]))
-    teacher, model, data = (str(settings.pop(key)) for key in ("teacher", "model", "data"))
-    report = diagnose(teacher, load_yolo(model), data, config, settings)
+    model, data = (str(settings.pop(key)) for key in ("model", "data"))
+    report = diagnose(settings.pop("teacher"), load_yolo(model), data, config, settings)
     Console().print(report)
     if arguments.json:
         arguments.json.write_text(json.dumps(report.to_dict(), indent=1, allow_nan=False), encoding="utf-8")

@@ -80,11 +80,39 @@ class LossConfig(_Section):
         preset: the paper's weights for a kind of detector, for "fgd": two_stage, anchor_based, anchor_free or fcos.
         options: arguments of the loss by name; for "fgd" they replace the preset's
             (temperature, alpha, beta, gamma, lambda_).
+        weight: of this loss beside others. Where the balance is measured, it multiplies ``balance.ratio``; otherwise
+            the loss.
     """
 
     name: str = "fgd"
     preset: str = "anchor_based"
     options: dict[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
+
+    def _check(self) -> None:
+        _positive("loss.weight", self.weight)
+
+
+@dataclass
+class TeacherShare(_Section):
+    """One of several teachers, an entry of ``teachers``.
+
+    Args:
+        name: what it is loaded from, where an integration is given no teacher of its own.
+        weight: of all that this teacher teaches; as ``loss.weight``.
+        taps: this teacher's levels, instead of ``teacher_taps``.
+        student_taps: the student's levels that this teacher teaches, instead of the common ``student_taps``.
+        levels: names of the levels that this teacher teaches, instead of the common ``levels``.
+    """
+
+    name: str | None = None
+    weight: float = 1.0
+    taps: list[str] | None = None
+    student_taps: list[str] | None = None
+    levels: list[str] | None = None
+
+    def _check(self) -> None:
+        _positive("weight", self.weight)
 
 
 @dataclass
@@ -217,6 +245,13 @@ class FGDConfig(_Section):
         resize: resample the student's map where its size differs from the teacher's; an error otherwise.
         inherit: "neck", "head" or "neck+head": an integration copies these of the teacher's weights into the student
             before a training begins, where their shapes are equal (see fgd_hooks/transfer.py); empty: nothing.
+        boxes_from: where the Ultralytics callback takes the boxes of the foreground from: "labels", or, in a segment
+            training, "masks": the box around what is seen of each instance.
+        losses: several losses at once instead of ``loss``: names or sections like it, as in
+            ``[fgd, {name: cwd, weight: 0.5}]``. Each has adapters and scales of its own.
+        teachers: settings for each of several teachers, in their order: sections as :class:`TeacherShare`, or names.
+        score_taps: for a loss that needs the teacher's class scores: the modules of the teacher that return them, one
+            for each of its levels, finest first; null: found by an integration.
         max_bad_steps: this many steps in a row without a finite distillation loss end the training with an error.
         log_interval: steps from one TensorBoard record to the next; 0: none, no pictures either.
         image_interval: epochs from one set of attention pictures in TensorBoard to the next; 0: none.
@@ -230,6 +265,10 @@ class FGDConfig(_Section):
     adapter: str = "auto"
     resize: bool = False
     inherit: str = ""
+    boxes_from: str = "labels"
+    losses: list[Any] = field(default_factory=list)
+    teachers: list[Any] = field(default_factory=list)
+    score_taps: list[str] | None = None
     max_bad_steps: int = 50
     log_interval: int = 10
     image_interval: int = 10
@@ -242,13 +281,42 @@ class FGDConfig(_Section):
     def _check(self) -> None:
         _not_negative("weight", self.weight)
         _require(self.every >= 1, "every", self.every, "1 or more steps")
-        for key in ("student_taps", "teacher_taps", "levels"):
+        self.losses = _sections(self.losses, LossConfig, "losses")
+        self.teachers = _sections(self.teachers, TeacherShare, "teachers")
+        if self.losses and self.loss != LossConfig():
+            raise ConfigError("Both loss and losses are given; move loss into the list losses.")
+        for key in ("student_taps", "teacher_taps", "levels", "score_taps"):
             value = getattr(self, key)
             _require(value is None or len(value) > 0, key, value, "null or a list of at least one")
+        _one_of("boxes_from", self.boxes_from, ("labels", "masks"))
         _require(self.inherit in INHERITED, "inherit", self.inherit, "'', 'neck', 'head' or 'neck+head'")
         _require(self.max_bad_steps >= 1, "max_bad_steps", self.max_bad_steps, "1 or more")
         _not_negative("log_interval", self.log_interval)
         _not_negative("image_interval", self.image_interval)
+
+    @property
+    def all_losses(self) -> list[LossConfig]:
+        """``losses``, or ``loss`` alone."""
+        return self.losses or [self.loss]
+
+
+def _sections(values: list[Any], schema: type, key: str) -> list[Any]:
+    """Entries of a list as sections: a text stands for a section with that name."""
+    built = []
+    for number, value in enumerate(values):
+        place = f"{key}[{number}]"
+        if isinstance(value, str):
+            value = {"name": value}
+        if isinstance(value, Mapping):
+            _check_keys(value, place, schema)
+            try:
+                value = _build(schema, value)
+            except ConfigError as error:
+                raise ConfigError(f"{place}: {error}") from None
+        if not isinstance(value, schema):
+            raise ConfigError(f"{place} is {value!r}; expected a name or a section.")
+        built.append(value)
+    return built
 
 
 def known_keys(schema: type = FGDConfig, prefix: str = "") -> list[str]:
@@ -441,18 +509,20 @@ def _check_extent(values: Any, source: str, left: list[int] | None = None, depth
             _check_extent(value, source, left, depth + 1)
 
 
-def _check_keys(values: Mapping[str, Any], source: str, schema: type = FGDConfig, prefix: str = "") -> None:
+def _check_keys(
+    values: Mapping[str, Any], source: str, schema: type = FGDConfig, prefix: str = "", root: type | None = None
+) -> None:
+    root = root or schema
     hints = typing.get_type_hints(schema)
     for key, value in values.items():
         if key not in hints:
-            raise ConfigError(
-                f"{source}: there is no key {prefix}{key!s}. {suggestion(prefix + str(key), known_keys())}"
-            )
+            known = known_keys(root)
+            raise ConfigError(f"{source}: there is no key {prefix}{key!s}. {suggestion(prefix + str(key), known)}")
         kind = hints[key]
         if dataclasses.is_dataclass(kind):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{source}: {prefix}{key} is a section; found {value!r}.")
-            _check_keys(value, source, typing.cast(type, kind), f"{prefix}{key}.")
+            _check_keys(value, source, typing.cast(type, kind), f"{prefix}{key}.", root)
 
 
 def _check_type(value: Any, kind: Any, key: str) -> None:
@@ -463,6 +533,8 @@ def _check_type(value: Any, kind: Any, key: str) -> None:
 
 def _fits(value: Any, kind: Any) -> bool:
     """Whether a plain value has the annotated type (no text for a number, no number for a text, no bool for either)."""
+    if kind is Any:
+        return True
     if isinstance(kind, types.UnionType):
         return any(_fits(value, each) for each in typing.get_args(kind))
     origin = typing.get_origin(kind) or kind

@@ -67,47 +67,54 @@ def extra_cost(distiller: Distiller, batch: int, size: int) -> Cost:
     Raises:
         Exception: whatever the teacher raises when it is called with one image of zeros.
     """
-    teacher, student = distiller._teacher.model, distiller.student
+    teachers, student = distiller.teachers, distiller.student
     image = probe_input(student, size)
-    distiller._teacher.to(image.device)
-    with no_trace(teacher, distiller):
-        with FlopCounterMode(display=False) as teachers:
-            taught = distiller._teacher.features(image)
+    with no_trace(*teachers, distiller):
+        with FlopCounterMode(display=False) as teaching:
+            taught, scores = distiller._teach(image, image.device)
         boxes = PackedBoxes.from_list([image.new_zeros(0, 4)], (size, size), image.device)
         with torch.enable_grad(), FlopCounterMode(display=False) as own:
             losses = []
-            for pair, target in zip(distiller.pairs, taught, strict=True):
+            for pair, target, score in zip(distiller.pairs, taught, scores, strict=True):
                 shape = (1, pair.student.channels, *target.shape[2:])
                 feature = torch.zeros(shape, device=target.device, requires_grad=True)
-                losses.append(distiller._level(pair, feature, target, boxes).loss)
+                losses.append(distiller._level(pair, feature, target, boxes, score).loss)
             torch.stack(losses).sum().backward()
     kept = sum(target.numel() * (target.element_size() + 4) for target in taught)  # the loss works in float32
     parameters = sum(p.numel() for p in distiller.parameters())
     return Cost(
-        _summary(distiller, student, teacher),
+        _summary(distiller, student),
         batch,
         (size, size),
         parameters,
-        teachers.get_total_flops() * batch,
+        teaching.get_total_flops() * batch,
         own.get_total_flops() * batch,
-        sum(t.numel() * t.element_size() for t in teacher.state_dict().values()) + 4 * 4 * parameters,
+        sum(t.numel() * t.element_size() for teacher in teachers for t in teacher.state_dict().values())
+        + 4 * 4 * parameters,
         kept * batch,
     )
 
 
-def _summary(distiller: Distiller, student: nn.Module, teacher: nn.Module) -> str:
+def _summary(distiller: Distiller, student: nn.Module) -> str:
     levels = []
     for pair in distiller.pairs:
         adapter = distiller.config.adapter
         if adapter == "auto":
             adapter = automatic_adapter(pair.student.channels, pair.teacher.channels)
         levels.append(f"{pair.name} {pair.teacher.channels}->{pair.student.channels} channels ({adapter})")
-    name = distiller.config.teacher.name
-    counts = [_count(sum(p.numel() for p in model.parameters())) for model in (teacher, student)]
+    names = [share.name for share in distiller.config.teachers] or [distiller.config.teacher.name]
+    teachers = [
+        f"{Path(name).name if name else type(teacher).__name__} ({_parameters(teacher)} parameters)"
+        for name, teacher in zip(names, distiller.teachers, strict=False)
+    ]
     return (
-        f"{Path(name).name if name else type(teacher).__name__} ({counts[0]} parameters) teaches "
-        f"{type(student).__name__} ({counts[1]}) at {', '.join(levels)}"
+        f"{' and '.join(teachers)} {'teaches' if len(teachers) == 1 else 'teach'} {type(student).__name__} "
+        f"({_parameters(student)}) at {', '.join(levels)}"
     )
+
+
+def _parameters(model: nn.Module) -> str:
+    return _count(sum(parameter.numel() for parameter in model.parameters()))
 
 
 def _count(number: int) -> str:

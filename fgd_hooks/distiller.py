@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fgd_hooks.adapters import create_adapter, list_adapters
+from fgd_hooks.adapters import create_adapter
 from fgd_hooks.balance import Balance
-from fgd_hooks.config import ConfigError, FGDConfig, LossConfig, load_config
+from fgd_hooks.config import FGDConfig, load_config
 from fgd_hooks.distributed import is_distributed
 from fgd_hooks.doctor import Optimizers, examine
 from fgd_hooks.findings import Report
 from fgd_hooks.health import GradientGuard, StepHealth, zero_unless_finite
-from fgd_hooks.losses import PRESETS, LossResult, create_loss, list_losses
+from fgd_hooks.lessons import Lesson, build_loss, check_names, plan
+from fgd_hooks.losses import LossResult
 from fgd_hooks.masks import PackedBoxes, check_boxes
-from fgd_hooks.pyramid import Level, LevelPair, find_levels, find_sources, pair_levels
-from fgd_hooks.registry import suggestion
-from fgd_hooks.savedstate import check_count, check_tensor
+from fgd_hooks.pyramid import find_sources
 from fgd_hooks.schedule import Clock, schedule_factor
-from fgd_hooks.taps import FeatureTaps, TapError, unwrap
-from fgd_hooks.teacher import FrozenTeacher, check_apart
+from fgd_hooks.taps import FeatureTaps, Tap, TapError, unwrap
+from fgd_hooks.teacher import FrozenTeacher, TeacherError, check_apart
+from fgd_hooks.trainingstate import restore, training_state
 
 logger = logging.getLogger("fgd_hooks")
 
@@ -56,6 +56,10 @@ class Distilled:
     resting: bool = False
 
 
+class PerTeacher(tuple[Any, ...]):
+    """One input for each of several teachers, where they want different ones (another normalisation, say)."""
+
+
 class Distiller(nn.Module):
     """Lets a frozen teacher teach a student through the feature maps of their necks.
 
@@ -72,9 +76,12 @@ class Distiller(nn.Module):
     teacher are no submodules; the teacher is frozen and stays in eval mode. Use it as a context manager, or call
     :meth:`detach`, to remove every hook again. A teacher serves one Distiller at a time.
 
+    Several teachers teach each with its own pairs of levels, several losses (``losses: [fgd, cwd]``) each with its own
+    adapters; :attr:`pairs` has one entry for each level of each of them.
+
     Args:
         student: the model that learns; wrappers (DDP, DataParallel, compile) are looked through.
-        teacher: the model that teaches.
+        teacher: the model that teaches, or a list of them.
         config: an :class:`~fgd_hooks.config.FGDConfig`, a dict, a YAML file, or None for the defaults.
         example: what both models are called with in the probe; None: zeros of 256 x 256 pixels.
 
@@ -89,7 +96,7 @@ class Distiller(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module,
+        teacher: nn.Module | Sequence[nn.Module],
         config: FGDConfig | Mapping[str, Any] | str | Path | None = None,
         *,
         example: Any = None,
@@ -97,41 +104,58 @@ class Distiller(nn.Module):
         super().__init__()
         self.config = config = load_config(config)
         check_names(config)
-        student, teacher = unwrap(student), unwrap(teacher)
-        check_apart(student, teacher)
+        student = unwrap(student)
+        teachers = [unwrap(each) for each in ([teacher] if isinstance(teacher, nn.Module) else teacher)]
+        for number, each in enumerate(teachers):
+            check_apart(student, each)
+            if any(each is other for other in teachers[:number]):
+                raise TeacherError("The same teacher is given twice; several losses go into losses=[...].")
         self._student = weakref.ref(student)
-        self.found_levels = (
-            find_levels(student, config.student_taps, example=example, role="student"),
-            find_levels(teacher, config.teacher_taps, example=example, role="teacher"),
-        )
-        self.pairs = self._choose(pair_levels(*self.found_levels))
+        self.pairs, self.found_levels = plan(student, teachers, config, example)
         self.adapters = nn.ModuleDict()
         self.losses = nn.ModuleDict()
         for pair in self.pairs:
-            self._check_sizes(pair)
             self.adapters[pair.name] = create_adapter(config.adapter, pair.student.channels, pair.teacher.channels)
-            self.losses[pair.name] = build_loss(config.loss, pair.teacher.channels)
+            self.losses[pair.name] = build_loss(pair.loss, pair.teacher.channels)
         reference = next(student.parameters(), torch.empty(0))
         self.to(reference.device)
-        self.balance = Balance(config.balance, len(self.pairs))
+        self.balance = self.new_balance(config)
         self.clock = Clock()
         self._health = StepHealth(config)
         for parameter in self.parameters():
             parameter.register_hook(zero_unless_finite)
-        self._teacher = FrozenTeacher(teacher, [pair.teacher.tap for pair in self.pairs], config.teacher)
+        self._teachers = [
+            FrozenTeacher(each, self._teacher_taps(number), config.teacher) for number, each in enumerate(teachers)
+        ]
         taps = [pair.student.tap for pair in self.pairs]
         sources = find_sources(student, taps, example=example)
         self.taps = FeatureTaps(student, taps, role="student", grad_only=True, sources=sources)
 
+    def _teacher_taps(self, number: int) -> list[Tap]:
+        """The taps of one teacher: its levels, and then the class scores that losses need."""
+        mine = [pair for pair in self.pairs if pair.number == number]
+        return [pair.teacher.tap for pair in mine] + [pair.scores for pair in mine if pair.scores is not None]
+
+    def new_balance(self, config: FGDConfig) -> Balance:
+        """A fresh balance for these pairs."""
+        weights, groups = zip(*((pair.weight, pair.group) for pair in self.pairs), strict=True)
+        return Balance(config.balance, len(self.pairs), weights, groups)
+
+    @property
+    def teachers(self) -> list[nn.Module]:
+        """The teachers, frozen."""
+        return [teacher.model for teacher in self._teachers]
+
     @property
     def level_names(self) -> list[str]:
-        """Names of the distilled levels, finest first: "P3", ..."""
+        """Names of the distilled levels, finest first: "P3", ...; of several losses or teachers "P3-cwd" and so on."""
         return [pair.name for pair in self.pairs]
 
     @property
     def part_names(self) -> list[str]:
-        """Names of the loss's parts, the keys of :attr:`Distilled.parts`."""
-        return list(next(iter(self.losses.values())).part_names)  # type: ignore[arg-type]
+        """Names of the losses' parts, the keys of :attr:`Distilled.parts`; losses may share one."""
+        names = [part for loss in self.losses.values() for part in loss.part_names]  # type: ignore[union-attr]
+        return list(dict.fromkeys(names))
 
     @property
     def student(self) -> nn.Module:
@@ -169,7 +193,8 @@ class Distiller(nn.Module):
         """Distil the batch that the student has just seen. Without gradients (validation) it does nothing.
 
         Args:
-            images: what the teacher is called with, usually the student's (N, 3, H, W) batch.
+            images: what the teacher is called with, usually the student's (N, 3, H, W) batch; :class:`PerTeacher` where
+                several teachers want different ones.
             boxes: ground truth of each image, a list of N float tensors (n_i, 4) of pixel x1 y1 x2 y2, or packed.
             canvas: (h, w) in pixels that the feature maps cover; None: the size of ``images``, which then is a tensor.
             task_loss: () the student's own loss; only to warn when the distillation dominates it for long.
@@ -197,7 +222,6 @@ class Distiller(nn.Module):
         features = self.taps.pop()
         self._check_gradient(features)
         device = features[0].device
-        self._teacher.to(device)
         given = boxes
         boxes = self.pack(images, boxes, canvas, device)
         if given is not boxes and self._health.steps < 3:
@@ -207,15 +231,15 @@ class Distiller(nn.Module):
                 f"There are boxes for {boxes.num_images} image(s), but the student's features hold "
                 f"{features[0].shape[0]}. Pass one (n, 4) tensor per image, empty where it has no object."
             )
-        taught = self._teacher.features(images)
+        taught, scores = self._teach(images, device)
         self.balance.to(device)
         measuring = self.balance.next_step()
         if measuring:
             features = self.balance.observe(features, weight, self.taps.meters)
         guard = GradientGuard()
         results = [
-            self._level(pair, guard.watch(feature), target, boxes)
-            for pair, feature, target in zip(self.pairs, features, taught, strict=True)
+            self._level(pair, guard.watch(feature), target, boxes, score)
+            for pair, feature, target, score in zip(self.pairs, features, taught, scores, strict=True)
         ]
         scales = self.balance.scales if measuring else self.balance.factors
         distilled = self._assemble(results, scales * weight, guard)
@@ -225,10 +249,27 @@ class Distiller(nn.Module):
         return distilled
 
     def teacher_features(self, images: Any) -> list[Tensor]:
-        """The frozen teacher's features (N, C, H, W) of a batch, one for each of :attr:`pairs`, without gradient."""
-        return self._teacher.features(images)
+        """The frozen teachers' features (N, C, H, W) of a batch, one for each of :attr:`pairs`, without gradient."""
+        return self._teach(images)[0]
 
-    def adapt(self, pair: LevelPair, student: Tensor, size: Sequence[int]) -> Tensor:
+    def _teach(self, images: Any, device: torch.device | None = None) -> tuple[list[Tensor], list[Tensor | None]]:
+        """For each of :attr:`pairs` the teacher's feature and, if its loss needs them, class scores (N, K, H, W)."""
+        given = list(images) if isinstance(images, PerTeacher) else [images] * len(self._teachers)
+        if len(given) != len(self._teachers):
+            raise ValueError(f"PerTeacher holds {len(given)} inputs for {len(self._teachers)} teacher(s).")
+        features: list[Tensor] = []
+        scores: list[Tensor | None] = []
+        for number, (teacher, its_images) in enumerate(zip(self._teachers, given, strict=True)):
+            if device is not None:
+                teacher.to(device)
+            mine = [pair for pair in self.pairs if pair.number == number]
+            taken = teacher.features(its_images)
+            more = iter(taken[len(mine) :])
+            features += taken[: len(mine)]
+            scores += [None if pair.scores is None else next(more) for pair in mine]
+        return features, scores
+
+    def adapt(self, pair: Lesson, student: Tensor, size: Sequence[int]) -> Tensor:
         """The student's feature (N, C, H, W) of a level through its adapter, with the teacher's (h, w) cells.
 
         Raises:
@@ -264,6 +305,8 @@ class Distiller(nn.Module):
         """
         if isinstance(boxes, PackedBoxes):
             return boxes
+        if isinstance(images, PerTeacher):
+            images = images[0]
         if canvas is None:
             if not isinstance(images, Tensor):
                 raise ValueError(
@@ -306,9 +349,12 @@ class Distiller(nn.Module):
         """
         return examine(self, images, boxes, loss=loss, optimizer=optimizer, canvas=canvas)
 
-    def _level(self, pair: LevelPair, student: Tensor, teacher: Tensor, boxes: PackedBoxes) -> LossResult:
+    def _level(
+        self, pair: Lesson, student: Tensor, teacher: Tensor, boxes: PackedBoxes, scores: Tensor | None = None
+    ) -> LossResult:
         adapted = self.adapt(pair, student, teacher.shape[2:])
-        result: LossResult = self.losses[pair.name](adapted, teacher, boxes)
+        more = {} if scores is None else {"scores": scores}
+        result: LossResult = self.losses[pair.name](adapted, teacher, boxes, **more)
         return result
 
     def _assemble(self, results: list[LossResult], factors: Tensor, guard: GradientGuard) -> Distilled:
@@ -324,7 +370,10 @@ class Distiller(nn.Module):
                 part: torch.where(finite, value.detach() * factors[number], zero)
                 for part, value in result.parts.items()
             }
-        parts = {part: torch.stack([level[part] for level in levels.values()]).sum() for part in self.part_names}
+        parts = {
+            part: torch.stack([level[part] for level in levels.values() if part in level]).sum()
+            for part in self.part_names
+        }
         return Distilled(torch.where(finite, total, zero), parts, levels, raw, 0.0)
 
     def _count(self, finite: Tensor) -> None:
@@ -350,23 +399,13 @@ class Distiller(nn.Module):
         if is_distributed() and torch.is_grad_enabled():
             loss = loss + 0.0 * sum(parameter.sum() for parameter in self.parameters())
         zeros = {part: torch.zeros((), device=device) for part in self.part_names}
-        levels = {name: dict(zeros) for name in self.level_names}
-        return Distilled(loss, dict(zeros), levels, {name: dict(zeros) for name in levels}, 0.0, resting=resting)
-
-    def _choose(self, pairs: list[LevelPair]) -> list[LevelPair]:
-        names = [pair.name for pair in pairs]
-        for wanted in self.config.levels or []:
-            if wanted not in names:
-                raise ConfigError(f"levels names {wanted!r}, but the levels that pair are {', '.join(names)}.")
-        return [pair for pair in pairs if self.config.levels is None or pair.name in self.config.levels]
-
-    def _check_sizes(self, pair: LevelPair) -> None:
-        if pair.student.size != pair.teacher.size and not self.config.resize:
-            raise ValueError(
-                f"At level {pair.name} the student's map ({pair.student.tap}) has {pair.student.size} cells and the "
-                f"teacher's ({pair.teacher.tap}) {pair.teacher.size} for the same input. Set resize=true to resample "
-                "the student's, or name other taps."
-            )
+        levels = {
+            name: {part: zeros[part] for part in loss.part_names}  # type: ignore[union-attr]
+            for name, loss in self.losses.items()
+        }
+        return Distilled(
+            loss, dict(zeros), levels, {name: dict(each) for name, each in levels.items()}, 0.0, resting=resting
+        )
 
     def _check_gradient(self, features: list[Tensor]) -> None:
         for pair, feature in zip(self.pairs, features, strict=True):
@@ -379,14 +418,7 @@ class Distiller(nn.Module):
 
     def training_state(self) -> dict[str, Any]:
         """All that a resumed training needs: parameters, balance and clock; copies, as plain tensors and numbers."""
-        return {
-            "levels": [signature(pair) for pair in self.pairs],
-            "loss": self.config.loss.name,
-            "adapter": self.config.adapter,
-            "modules": {name: tensor.to("cpu", copy=True) for name, tensor in self.state_dict().items()},
-            "balance": self.balance.state_dict(),
-            "step": self.clock.step,
-        }
+        return training_state(self)
 
     def load_training_state(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`training_state` gave; nothing is changed when it does not fit.
@@ -394,34 +426,7 @@ class Distiller(nn.Module):
         Raises:
             ValueError: it is the state of other levels, adapters or losses, or it is damaged.
         """
-        if not isinstance(state, Mapping):
-            raise ValueError(f"The saved state is a {type(state).__name__}; expected what training_state() gave.")
-        mine = {
-            "levels": [signature(pair) for pair in self.pairs],
-            "loss": self.config.loss.name,
-            "adapter": self.config.adapter,
-        }
-        for key, expected in mine.items():
-            found = state.get(key)
-            texts = found if isinstance(found, list) else [found]
-            if not all(isinstance(text, str) for text in texts):
-                raise ValueError(f"The saved state is damaged: its {key} is missing or no text; remove the file.")
-            if found != expected:
-                raise ValueError(
-                    f"The saved state belongs to another distillation: its {key} is {str(found)[:500]!r}, here it is "
-                    f"{expected!r}. Use the student, teacher and configuration it was saved with, or remove the file."
-                )
-        modules, own, balance = state.get("modules"), self.state_dict(), state.get("balance")
-        if not isinstance(modules, Mapping) or set(modules) != set(own) or not isinstance(balance, Mapping):
-            raise ValueError("The saved state does not hold the tensors of these adapters and losses; remove the file.")
-        trained = {name for name, _ in self.named_parameters()}
-        for name, tensor in own.items():
-            # statistics of a batch normalisation may hold NaN: while training they are not used
-            check_tensor(name, modules[name], tensor, finite=name in trained)
-        step = check_count("number of steps", state.get("step"))
-        self.balance.load_state_dict(dict(balance))
-        self.load_state_dict(dict(modules))
-        self.clock.step = step
+        restore(self, state)
 
     def describe(self) -> str:
         """One line per level: what is distilled into what, and the trained parameters."""
@@ -436,53 +441,11 @@ class Distiller(nn.Module):
     def detach(self) -> None:
         """Remove every hook and give the teacher back as it was; may be called again."""
         self.taps.detach()
-        self._teacher.release()
+        for teacher in self._teachers:
+            teacher.release()
 
     def __enter__(self) -> Distiller:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.detach()
-
-
-def check_names(config: FGDConfig) -> None:
-    """Refuse a configuration that names an adapter, a loss or a preset that does not exist.
-
-    Raises:
-        ConfigError: names the nearest one.
-    """
-    known = {"adapter": ["auto", *list_adapters()], "loss.name": list_losses(), "loss.preset": list(PRESETS)}
-    for key, name in (
-        ("adapter", config.adapter),
-        ("loss.name", config.loss.name),
-        ("loss.preset", config.loss.preset),
-    ):
-        if name not in known[key]:
-            raise ConfigError(f"{key} is {name!r}. {suggestion(name, known[key])}")
-
-
-def signature(pair: LevelPair) -> str:
-    """What must be equal for a level's state to fit: name, stride and channels."""
-
-    def side(level: Level) -> str:
-        return f"stride {level.stride}, {level.channels} channels"
-
-    return f"{pair.name}: {side(pair.student)} / {side(pair.teacher)}"
-
-
-def build_loss(config: LossConfig, channels: int) -> nn.Module:
-    """The loss of one level.
-
-    Raises:
-        ConfigError: an option does not exist, or a value is impossible.
-    """
-    options = dict(config.options)
-    if config.name == "fgd":
-        options = {**PRESETS[config.preset], **options}
-    try:
-        loss: nn.Module = create_loss(config.name, channels=channels, **options)
-    except TypeError as error:
-        raise ConfigError(f"loss.options do not fit the loss {config.name!r}: {error}") from error
-    except ValueError as error:
-        raise ConfigError(f"loss.options: {error}") from error
-    return loss

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from fgd_hooks import checks, checks_models
-from fgd_hooks.balance import Balance
 from fgd_hooks.config import ScheduleConfig
 from fgd_hooks.findings import Finding, Report
 from fgd_hooks.health import StepHealth
@@ -44,7 +43,7 @@ def examine(
     if not torch.is_grad_enabled():
         raise ValueError("check() needs gradients: call it outside torch.no_grad().")
     patient = _Patient(distiller, images, loss, optimizer)
-    models = (patient.student, patient.teacher, distiller)
+    models = (patient.student, *patient.teachers, distiller)
     with no_trace(*models), distiller.taps.aside():
         return Report(tuple(_findings(patient, boxes, canvas)))
 
@@ -58,16 +57,17 @@ def first_step(distiller: Distiller, distilled: Distilled, boxes: PackedBoxes, a
         boxes: of its batch.
         adapter_gradient: norm of the gradient that arrived at adapters and losses; 0 where they have no parameters.
     """
-    teacher, names, sizes = distiller._teacher.model, distiller.level_names, _sizes(distiller, boxes)
-    training = [name for name, module in teacher.named_modules() if module.training]
-    taken = [name for name, p in teacher.named_parameters() if p.requires_grad or p.grad is not None]
+    teachers, names, sizes = distiller.teachers, distiller.level_names, _sizes(distiller, boxes)
+    training = [name for teacher in teachers for name, module in teacher.named_modules() if module.training]
     findings = [
         checks.check_masks(boxes, names, sizes),
         checks.check_parts(distilled.raw, _weights(distiller), checks.empty_parts(boxes, names, sizes)),
         checks_models.check_frozen([], training, []),
     ]
     if any(True for _ in distiller.adapters.parameters()):
-        findings.append(checks.check_gradient(distiller.level_names, [], {"all": adapter_gradient}, None, taken))
+        findings.append(
+            checks.check_gradient(distiller.level_names, [], {"all": adapter_gradient}, None, _taken(teachers))
+        )
     return Report(tuple(findings))
 
 
@@ -82,8 +82,8 @@ class _Patient:
         self.loss = loss
         self.optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else optimizer
         self.student = distiller.student
-        self.teacher = distiller._teacher.model
-        self.random = RandomState.now(self.student, self.teacher)
+        self.teachers = distiller.teachers
+        self.random = RandomState.now(self.student, *self.teachers)
 
     def run(self) -> Tensor:
         """The task's loss of a student that starts from the same random state each time."""
@@ -103,7 +103,7 @@ class _Patient:
         if config.balance.mode == "fixed":
             config.balance.per_level = True  # measured for each level, since each has its own fixed strength
         config.balance.mode = mode
-        own.balance, own.clock, own._health = Balance(config.balance, len(own.pairs)), Clock(), StepHealth(config)
+        own.balance, own.clock, own._health = own.new_balance(config), Clock(), StepHealth(config)
         distilled: Distilled = own(self.images, boxes)
         return distilled
 
@@ -123,8 +123,11 @@ def _findings(patient: _Patient, boxes: Sequence[Tensor] | PackedBoxes, canvas: 
     features = distiller.taps.captured
     taps = checks.check_taps(distiller.taps.taps, features)
     yield taps
-    yield checks.check_levels(distiller.pairs, *distiller.found_levels, distiller.config.levels)
-    yield checks_models.check_optimizer(distiller.parameters(), patient.teacher.parameters(), patient.optimizers)
+    for number, found in enumerate(distiller.found_levels):
+        pairs = [pair for pair in distiller.pairs if pair.number == number]
+        yield checks.check_levels(pairs, found.student, found.teacher, found.chosen)
+    frozen = [parameter for teacher in patient.teachers for parameter in teacher.parameters()]
+    yield checks_models.check_optimizer(distiller.parameters(), frozen, patient.optimizers)
     if taps.status == "red":
         return
     captured = [feature for feature in features if feature is not None]
@@ -148,16 +151,26 @@ def _findings(patient: _Patient, boxes: Sequence[Tensor] | PackedBoxes, canvas: 
 
 def _teacher(patient: _Patient, student: list[Tensor]) -> Iterator[Finding]:
     """The teacher alone: does it stay as it is, and do its features say anything."""
-    distiller, teacher = patient.distiller, patient.teacher
-    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-    distiller._teacher.to(student[0].device)
-    taught = distiller._teacher.features(patient.images)
-    changed = [name for name, tensor in teacher.state_dict().items() if not bit_equal(tensor, before[name].to(tensor))]
-    training = [name or "(model)" for name, module in teacher.named_modules() if module.training]
+    distiller = patient.distiller
+    modules = [pair for teacher in patient.teachers for pair in teacher.named_modules()]
+    before = [{name: tensor.clone() for name, tensor in each.state_dict().items()} for each in patient.teachers]
+    taught = distiller._teach(patient.images, student[0].device)[0]
+    changed = [
+        name
+        for teacher, old in zip(patient.teachers, before, strict=True)
+        for name, tensor in teacher.state_dict().items()
+        if not bit_equal(tensor, old[name].to(tensor))
+    ]
+    training = [name or "(model)" for name, module in modules if module.training]
     batch = nn.modules.batchnorm._BatchNorm
-    unkept = [n for n, m in teacher.named_modules() if isinstance(m, batch) and m.running_mean is None]
+    unkept = [n for n, m in modules if isinstance(m, batch) and m.running_mean is None]
     yield checks_models.check_frozen(changed, training, unkept)
     yield checks_models.check_features(distiller.level_names, taught)
+
+
+def _taken(teachers: Sequence[nn.Module]) -> list[str]:
+    """Names of the teachers' parameters that take or have a gradient."""
+    return [n for each in teachers for n, p in each.named_parameters() if p.requires_grad or p.grad is not None]
 
 
 def _passes(patient: _Patient, boxes: PackedBoxes) -> Iterator[Finding]:
@@ -171,7 +184,7 @@ def _passes(patient: _Patient, boxes: PackedBoxes) -> Iterator[Finding]:
     ratios, scales = distiller.balance.ratios.tolist(), distiller.balance.scales.tolist()
     own = {name: list(adapter.parameters()) for name, adapter in distiller.adapters.items()}
     adapters = {name: gradient_norm(p.grad for p in parameters) for name, parameters in own.items() if parameters}
-    taken = [name for name, p in patient.teacher.named_parameters() if p.requires_grad or p.grad is not None]
+    taken = _taken(patient.teachers)
     patient.gradients()
     empty = checks.empty_parts(boxes, names, _sizes(distiller, boxes))
     yield checks.check_parts(distilled.raw, _weights(distiller), empty)
@@ -204,8 +217,12 @@ def _sizes(distiller: Distiller, boxes: PackedBoxes) -> list[tuple[int, int]]:
 
 
 def _weights(distiller: Distiller) -> dict[str, float]:
-    """The loss's own weight of each part, where it tells them."""
-    return dict(getattr(next(iter(distiller.losses.values())), "weights", {}))
+    """The losses' own weights of their parts, where they tell them; of a part that several losses have, the largest."""
+    weights: dict[str, float] = {}
+    for loss in distiller.losses.values():
+        for part, weight in getattr(loss, "weights", {}).items():
+            weights[part] = max(weight, weights.get(part, 0.0))
+    return weights
 
 
 def gradient_norm(gradients: Iterable[Tensor | None]) -> float:

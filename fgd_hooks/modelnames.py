@@ -25,6 +25,8 @@ from fgd_hooks.pyramid import probe_input
 from fgd_hooks.registry import suggestion
 
 FILES = (".pt", ".pth", ".yaml", ".yml")
+HEADS = {"RTDETRDecoder": "RTDETR", "WorldDetect": "YOLOWorld", "YOLOE": "YOLOE"}
+"""How the name of a yaml's last module begins, and the class of Ultralytics that builds and trains such a model."""
 EXPECTED = (
     "expected a YOLO file (yolo26n.yaml, last.pt), torchvision:NAME of a detector, timm:NAME of a backbone, or "
     "package.module:factory"
@@ -80,15 +82,23 @@ def load_model(name: str, size: int = 640) -> NamedModel:
 
 
 def load_yolo(model: str) -> Any:
-    """The ``YOLO`` object of a weights or yaml file.
+    """The ``YOLO`` object of a weights or yaml file; by its head an ``RTDETR``, ``YOLOWorld`` or ``YOLOE`` object.
+
+    ``YOLO`` itself looks at the head of weights, but at no more than the name of a yaml file.
 
     Raises:
         FileNotFoundError: there is no such file, and Ultralytics knows no download of that name.
     """
-    from ultralytics import RTDETR, YOLO
+    import ultralytics
+    from ultralytics.nn.tasks import yaml_model_load
 
     try:
-        return (RTDETR if "rtdetr" in Path(model).stem else YOLO)(model)
+        name = "YOLO"
+        if Path(model).suffix in (".yaml", ".yml"):
+            layers = yaml_model_load(model).get("head") or [[None]]
+            head = str(layers[-1][-2:][0])
+            name = next((made for prefix, made in HEADS.items() if head.startswith(prefix)), name)
+        return getattr(ultralytics, name)(model)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"The model file {model!r} does not exist, and no download has that name.") from error
 

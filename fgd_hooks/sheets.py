@@ -20,7 +20,7 @@ from fgd_hooks.taps import FeatureTaps, run_until_tapped, unwrap
 
 if TYPE_CHECKING:
     from fgd_hooks.distiller import Distiller
-    from fgd_hooks.pyramid import LevelPair
+    from fgd_hooks.lessons import Lesson
 
 DEFAULT_TEMPERATURE = 0.5  # the paper's, for a loss that has none of its own
 
@@ -129,7 +129,7 @@ def attention_sheets(
 
 def _level_sheets(
     distiller: Distiller,
-    pair: LevelPair,
+    pair: Lesson,
     student: Tensor,
     teacher: Tensor,
     images: Tensor,

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from fgd_hooks.config import ConfigError, FGDConfig, load_config
-from fgd_hooks.distiller import Distiller, signature
+from fgd_hooks.distiller import Distiller
 from fgd_hooks.evaldata import DataError, EvalData, TrueImage, read_data
 from fgd_hooks.evaldata.letterbox import load_letterboxed, load_sample
 from fgd_hooks.evaluate import data_file, load_detector
 from fgd_hooks.integrations.ultralytics_record import SETTINGS_FILE
 from fgd_hooks.integrations.ultralytics_run import SIDE_FILE
-from fgd_hooks.integrations.ultralytics_teacher import load_teacher
+from fgd_hooks.integrations.ultralytics_teacher import load_teachers, with_score_taps
+from fgd_hooks.lessons import signature
 from fgd_hooks.registry import suggestion
 from fgd_hooks.sheets import LevelSheet, attention_distances, attention_sheets
 from fgd_hooks.sidefile import SideFileError, read_side_file
@@ -64,7 +65,7 @@ def show(
 
     Args:
         student: weights of the student.
-        teacher: weights of the teacher that it was trained with.
+        teacher: weights of the teacher that it was trained with, or a list of them.
         data: data yaml (YOLO format) or annotation json (COCO format) with the true boxes.
         images: how many images of the split, evenly spaced among those with boxes; or files, or a folder of them (as
             text with commas between), whose boxes are looked up in ``data`` if that is given.
@@ -93,8 +94,11 @@ def show(
     state = read_side_file(file).get("distiller", {}) if file else {}
     if file:
         settings.adapter = state.get("adapter", settings.adapter)
-        settings.levels = settings.levels or [str(each).partition(":")[0] for each in state.get("levels", [])] or None
-    with Distiller(model, load_teacher(teacher, fuse=settings.teacher.fuse), settings) as distiller:
+        # "P3-teacher2-cwd: stride ..." is of the level P3
+        saved = [str(each).partition(":")[0].partition("-")[0] for each in state.get("levels", [])]
+        settings.levels = settings.levels or list(dict.fromkeys(saved)) or None
+    teachers = load_teachers(teacher, fuse=settings.teacher.fuse)
+    with Distiller(model, teachers, with_score_taps(settings, teachers)) as distiller:
         adapters, adapted = "There are no adapters to load: all levels have equal channels.", True
         if file:
             load_adapters(distiller, state, file)

@@ -231,14 +231,14 @@ def test_the_teachers_features_do_not_outlive_the_step(compiled, backend, compil
     student, teacher = models()
     distiller = Distiller(student, teacher, FGDConfig(teacher=TeacherConfig(compile=compiled)))
     alive: list[weakref.ref] = []
-    features = distiller._teacher.features
+    features = distiller._teachers[0].features
 
     def watched(images):
         found = features(images)
         alive.extend(weakref.ref(feature) for feature in found)
         return found
 
-    monkeypatch.setattr(distiller._teacher, "features", watched)
+    monkeypatch.setattr(distiller._teachers[0], "features", watched)
     distilled = None
     for number in range(3):
         images, boxes = batch(number)

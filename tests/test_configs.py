@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from fgd_hooks.config import FGDConfig, load_config
-from fgd_hooks.distiller import Distiller, build_loss
+from fgd_hooks.distiller import Distiller
+from fgd_hooks.lessons import build_loss
 from tests.tiny import TinyDetector, trained
 
 ROOT = Path(__file__).parent.parent

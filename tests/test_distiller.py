@@ -292,7 +292,7 @@ def test_the_teacher_is_freed_with_the_distiller(models):
     student(images)
     distiller(images, boxes)
     distiller.detach()
-    alive = weakref.ref(distiller._teacher)
+    alive = weakref.ref(distiller._teachers[0])
     del distiller
     gc.collect()
     assert alive() is None

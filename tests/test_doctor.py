@@ -121,7 +121,7 @@ def test_numbers_of_the_loss_scale(models):
     report = check(student, teacher, distiller=distiller)
     task = task_loss(student, images)
     features = list(distiller.taps.captured)
-    taught = distiller._teacher.features(images)
+    taught = distiller.teacher_features(images)
     for level, feature, target in zip(distiller.level_names, features, taught, strict=True):
         result = distiller.losses[level](distiller.adapters[level](feature), target, boxes, (64, 64))
         ours = torch.autograd.grad(result.loss, feature, retain_graph=True)[0].norm()

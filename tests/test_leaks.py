@@ -68,7 +68,7 @@ def test_no_cycle_keeps_teacher_or_distiller_alive(how):
     distiller = Distiller(student, teacher)
     student(images)
     distiller(images, boxes).loss.backward()
-    alive = [weakref.ref(each) for each in (teacher, distiller, distiller._teacher)]
+    alive = [weakref.ref(each) for each in (teacher, distiller, distiller._teachers[0])]
     if how == "after an error":
         student(images)
         with pytest.raises(ValueError):
@@ -115,7 +115,7 @@ def test_the_teacher_is_gone_after_an_ultralytics_training(train, teacher_file):
 
     def look(trainer):
         distiller = callback.distiller(trainer)
-        alive.extend(weakref.ref(each) for each in (distiller._teacher.model, distiller, callback._runs[trainer]))
+        alive.extend(weakref.ref(each) for each in (distiller._teachers[0].model, distiller, callback._runs[trainer]))
 
     callback = FGDCallback(teacher_file, log_interval=0)
     yolo = train(callback, hooks=[("on_train_start", look)])

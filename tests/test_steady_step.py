@@ -76,7 +76,7 @@ def steady(count=2, each=3, levels=None):
         task = student(images)["scores"].square().mean()
         features = list(distiller.taps._features.values())
         with Calls() as teaching:
-            distiller._teacher.features(images)
+            distiller._teachers[0].features(images)
         with Calls() as forward:
             distilled = distiller(images, packed)
         forward.names -= teaching.names

@@ -23,7 +23,7 @@ def linked_copy(
     for index, image in enumerate(truth.images):
         name = f"{index:08d}"
         link = images / f"{name}{image.file.suffix.lower()}"
-        _link(image.file.resolve(), link)
+        link_file(image.file.resolve(), link)
         position[link.name] = index
         scale = np.array([image.width, image.height, image.width, image.height], dtype=np.float64)
         corners = np.concatenate([image.boxes[:, :2], image.boxes[:, :2] + image.boxes[:, 2:]], axis=1) / scale
@@ -42,7 +42,7 @@ def linked_copy(
     return file, position
 
 
-def _link(source: Path, link: Path) -> None:
+def link_file(source: Path, link: Path) -> None:
     """A symbolic link; where the system allows none, a hard link or a copy."""
     for make in (os.symlink, os.link, shutil.copyfile):
         try:

@@ -37,7 +37,7 @@ def read_yolo(file: Path, split: str) -> EvalData:
             f"{file}: no images under '{split}: {content[split]}'; expected files such as .jpg or .png, "
             "a folder of them, or a .txt list of them"
         )
-    label_files = [_label_file(image) for image in files]
+    label_files = [label_file(image) for image in files]
     if not any(label.is_file() for label in label_files):
         raise FileNotFoundError(
             f"{file}: none of the {len(files)} images of '{split}' has a label file; {files[0]} should have "
@@ -118,7 +118,7 @@ def _image_files(paths: Iterable[Path]) -> list[Path]:
     return sorted(files)
 
 
-def _label_file(image: Path) -> Path:
+def label_file(image: Path) -> Path:
     """Where YOLO format keeps the labels of an image: the last ``images`` folder of its path becomes ``labels``."""
     parts = list(image.parts)
     for index in range(len(parts) - 2, -1, -1):

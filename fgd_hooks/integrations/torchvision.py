@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from fgd_hooks.config import FGDConfig, load_config
-from fgd_hooks.distiller import Distilled, Distiller
+from fgd_hooks.config import FGDConfig, TeacherShare, load_config
+from fgd_hooks.distiller import Distilled, Distiller, PerTeacher
 from fgd_hooks.doctor import Optimizers
 from fgd_hooks.findings import Report
 from fgd_hooks.masks import PackedBoxes
@@ -57,7 +57,7 @@ class TorchvisionDistiller(Distiller):
 
     Args:
         student: the detector that learns; wrappers (DDP, DataParallel, compile) are looked through.
-        teacher: the detector that teaches; its ``transform`` does not run.
+        teacher: the detector that teaches, or a list of them; its ``transform`` does not run.
         config: an :class:`~fgd_hooks.config.FGDConfig`, a dict, a YAML file, or None for the defaults. Taps named in
             it begin at the detector: ``"backbone['0']"``, ``"backbone.fpn.layer_blocks.*"``.
 
@@ -70,17 +70,20 @@ class TorchvisionDistiller(Distiller):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module,
+        teacher: nn.Module | Sequence[nn.Module],
         config: FGDConfig | Mapping[str, Any] | str | Path | None = None,
     ) -> None:
-        student, teacher = _detector(student, "student"), _detector(teacher, "teacher")
-        check_apart(student, teacher)
-        faces = OnBatch(student), OnBatch(teacher)
-        canvases = probe_canvases(student, teacher)
-        config = with_taps(load_config(config), *faces, canvases)
-        super().__init__(*faces, config, example=_example(faces[0], canvases[0]))
+        student = _detector(student, "student")
+        given = [teacher] if isinstance(teacher, nn.Module) else teacher
+        teachers = [_detector(each, "teacher") for each in given]
+        for each in teachers:
+            check_apart(student, each)
+        face, faces = OnBatch(student), [OnBatch(each) for each in teachers]
+        canvases = probe_canvases(student, teachers)
+        config = with_taps(load_config(config), face, faces, canvases)
+        super().__init__(face, faces, config, example=_example(face, canvases[0]))
         self._student = weakref.ref(student)
-        self._teacher_transform = teacher.get_submodule("transform")
+        self._transforms = [each.get_submodule("transform") for each in teachers]
         self._seen = _SeenBatch()
         self._handle = student.get_submodule("transform").register_forward_hook(self._seen)
 
@@ -153,8 +156,8 @@ class TorchvisionDistiller(Distiller):
         self._seen.latest = None
         super().detach()
 
-    def _last_batch(self) -> tuple[Tensor, list[Tensor]]:
-        """The student's last batch as the teacher takes it, (N, 3, H, W), and its boxes in pixels of it."""
+    def _last_batch(self) -> tuple[PerTeacher, list[Tensor]]:
+        """The student's last batch as each teacher takes it, (N, 3, H, W), and its boxes in pixels of it."""
         seen, self._seen.latest = self._seen.latest, None
         if seen is None:
             self.taps.clear()
@@ -171,7 +174,8 @@ class TorchvisionDistiller(Distiller):
                 else "The student ran without targets, so there are no boxes: call student(images, targets)."
             )
         transform = self.student.get_submodule("transform")
-        return renormalise(seen.images, seen.sizes, transform, self._teacher_transform), seen.boxes
+        inputs = (renormalise(seen.images, seen.sizes, transform, theirs) for theirs in self._transforms)
+        return PerTeacher(inputs), seen.boxes
 
 
 class OnBatch(nn.Module):
@@ -242,7 +246,7 @@ def renormalise(images: Tensor, sizes: Sequence[tuple[int, int]], own: Any, othe
     return result
 
 
-def probe_canvases(student: nn.Module, teacher: nn.Module) -> list[tuple[int, int]]:
+def probe_canvases(student: nn.Module, teachers: Sequence[nn.Module]) -> list[tuple[int, int]]:
     """The (h, w) in pixels at which the levels are measured, the one that strides refer to first.
 
     Of a student of fixed size (SSD) it is the one canvas that it ever has; else two, since maps that pair must have
@@ -253,33 +257,41 @@ def probe_canvases(student: nn.Module, teacher: nn.Module) -> list[tuple[int, in
     if fixed is not None and not transform._skip_resize:
         step = transform.size_divisible
         return [(math.ceil(fixed[1] / step) * step, math.ceil(fixed[0] / step) * step)]
-    sizes = [getattr(model.get_submodule("transform"), "fixed_size", None) for model in (student, teacher)]
-    side = PROBE_SIZE if sizes == [None, None] else FIXED_SIZE_PROBE
+    sizes = [getattr(model.get_submodule("transform"), "fixed_size", None) for model in (student, *teachers)]
+    side = PROBE_SIZE if all(size is None for size in sizes) else FIXED_SIZE_PROBE
     return [(side, side), (SECOND_PROBE, SECOND_PROBE)]
 
 
-def with_taps(config: FGDConfig, student: OnBatch, teacher: OnBatch, canvases: Sequence[tuple[int, int]]) -> FGDConfig:
+def with_taps(
+    config: FGDConfig, student: OnBatch, teachers: Sequence[OnBatch], canvases: Sequence[tuple[int, int]]
+) -> FGDConfig:
     """The configuration with the taps that it leaves to be found: the maps that each backbone returns.
 
     A teacher's map with the size of a student's on the first of ``canvases``, and of none on all of them, is left out:
     its size does not go with the canvas (convolutions without padding).
     """
-    mine, theirs = backbone_maps(student, canvases, "student"), backbone_maps(teacher, canvases, "teacher")
-    by_chance = [
-        tap
-        for tap, sizes in theirs.items()
-        if sizes not in mine.values() and any(sizes[0] == other[0] for other in mine.values())
-    ]
-    if by_chance and config.teacher_taps is None:
-        logger.warning(
-            "The teacher's %s has the size of one of the student's maps on some canvases only, and is not distilled.",
-            ", ".join(by_chance),
-        )
-    return dataclasses.replace(
-        config,
-        student_taps=config.student_taps or list(mine),
-        teacher_taps=config.teacher_taps or [tap for tap in theirs if tap not in by_chance],
-    )
+    mine = backbone_maps(student, canvases, "student")
+    shares = config.teachers or [TeacherShare() for _ in teachers]
+    found = []
+    for teacher, share in zip(teachers, shares, strict=False):
+        theirs = backbone_maps(teacher, canvases, "teacher")
+        by_chance = [
+            tap
+            for tap, sizes in theirs.items()
+            if sizes not in mine.values() and any(sizes[0] == other[0] for other in mine.values())
+        ]
+        named = share.taps or config.teacher_taps
+        if by_chance and named is None:
+            logger.warning(
+                "The teacher's %s has the size of a map of the student's on some canvases only, and is not distilled.",
+                ", ".join(by_chance),
+            )
+        taps = named or [tap for tap in theirs if tap not in by_chance]
+        found.append(dataclasses.replace(share, taps=taps))
+    config = dataclasses.replace(config, student_taps=config.student_taps or list(mine))
+    if len(teachers) == 1 and not config.teachers:
+        return dataclasses.replace(config, teacher_taps=found[0].taps)
+    return dataclasses.replace(config, teachers=found if len(shares) == len(teachers) else config.teachers)
 
 
 def backbone_maps(

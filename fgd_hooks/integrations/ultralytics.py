@@ -23,13 +23,15 @@ from typing import Any
 
 from torch import nn
 
-from fgd_hooks.config import FGDConfig, load_config
-from fgd_hooks.distiller import Distiller, check_names
+from fgd_hooks.config import ConfigError, FGDConfig, load_config
+from fgd_hooks.distiller import Distiller
 from fgd_hooks.integrations.ultralytics_inherit import inherit_into
 from fgd_hooks.integrations.ultralytics_record import named_config
 from fgd_hooks.integrations.ultralytics_run import TrainingRun, is_first_rank
-from fgd_hooks.integrations.ultralytics_teacher import fused, load_teacher
+from fgd_hooks.integrations.ultralytics_task import check_task, check_text_encoder
+from fgd_hooks.integrations.ultralytics_teacher import fused, load_teachers
 from fgd_hooks.integrations.ultralytics_version import check_version
+from fgd_hooks.lessons import check_names
 from fgd_hooks.teacher import check_apart, check_finite
 
 EVENTS = (
@@ -49,26 +51,29 @@ class FGDCallback:
 
     Args:
         teacher: weights file (or the name of one that Ultralytics can download), a ``YOLO`` object, or an
-            ``nn.Module``. For training on several GPUs give a file.
+            ``nn.Module``; or a list of these, for several teachers. For training on several GPUs give files. None: the
+            files that ``teachers`` in the configuration names.
         config: an FGDConfig, a dict, a YAML file, or None for the defaults.
         overrides: single settings that win over ``config``, ``["balance.ratio=1"]`` or ``{"balance.ratio": 1}``.
         **settings: the same as keywords, for example ``weight=2`` or ``balance={"ratio": 1}``.
 
     Raises:
-        ConfigError: unknown key, wrong type or impossible value.
+        ConfigError: unknown key, wrong type or impossible value, or no teacher is given.
     """
 
     def __init__(
         self,
-        teacher: str | Path | nn.Module | Any,
+        teacher: str | Path | nn.Module | Any = None,
         config: FGDConfig | Mapping[str, Any] | str | Path | None = None,
         overrides: list[str] | Mapping[str, Any] = (),  # type: ignore[assignment]
         **settings: Any,
     ) -> None:
-        self.teacher = teacher
         self.config = load_config(load_config(config, overrides), settings)
         check_names(self.config)
-        self._loaded: nn.Module | None = None
+        self.teacher: Any = [share.name for share in self.config.teachers] if teacher is None else teacher
+        if isinstance(self.teacher, list) and (not self.teacher or None in self.teacher):
+            raise ConfigError("There is no teacher: give teacher=, or teachers=[...] with the name of each one's file.")
+        self._loaded: list[nn.Module] | None = None
         self._runs: weakref.WeakKeyDictionary[Any, TrainingRun] = weakref.WeakKeyDictionary()
 
     def attach(self, model: Any) -> FGDCallback:
@@ -79,6 +84,7 @@ class FGDCallback:
         Raises:
             TypeError: the model takes no callbacks.
             FileNotFoundError, TeacherError: the teacher cannot be loaded, is no detector, holds NaN, or is the student.
+            TaskError: the student's task has no boxes (classify, semantic, depth), or no masks where boxes_from=masks.
             VersionError: Ultralytics is too old.
         """
         if not hasattr(model, "add_callback"):
@@ -89,10 +95,13 @@ class FGDCallback:
         check_version()
         student = getattr(model, "model", None)
         if self.config.weight > 0:
+            check_task(model, self.config.boxes_from)
+            check_text_encoder(student)
             self._loaded = self._load()
-            check_finite(self._loaded)
-            if isinstance(student, nn.Module):
-                check_apart(student, self._loaded)
+            for teacher in self._loaded:
+                check_finite(teacher)
+                if isinstance(student, nn.Module):
+                    check_apart(student, teacher)
         self.detach(model)
         for event in EVENTS:
             model.add_callback(event, getattr(self, f"_{event}"))
@@ -110,18 +119,19 @@ class FGDCallback:
 
     def __getstate__(self) -> dict[str, Any]:
         """The specification alone: this is what travels to the processes of a multi-GPU training."""
-        teacher = self.teacher
-        path = getattr(teacher, "ckpt_path", None)
-        if path and Path(str(path)).is_file():
-            teacher = str(path)
-        return {"teacher": teacher, "config": self.config}
+        several = isinstance(self.teacher, (list, tuple))
+        files = [_file_of(teacher) for teacher in self._given()]
+        return {"teacher": files if several else files[0], "config": self.config}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["teacher"], state["config"])  # type: ignore[misc]
 
-    def _load(self) -> nn.Module:
-        """The teacher; as it was trained where the student is to inherit from it, since fused layers do not fit."""
-        return load_teacher(self.teacher, fuse=self.config.teacher.fuse and not self.config.inherit)
+    def _given(self) -> list[Any]:
+        return list(self.teacher) if isinstance(self.teacher, (list, tuple)) else [self.teacher]
+
+    def _load(self) -> list[nn.Module]:
+        """The teachers; as they were trained where the student is to inherit, since fused layers do not fit."""
+        return load_teachers(self.teacher, fuse=self.config.teacher.fuse and not self.config.inherit)
 
     # Ultralytics' events
 
@@ -129,15 +139,15 @@ class FGDCallback:
         """Model, optimizer, DDP wrapper and EMA exist, and a resumed checkpoint is loaded; called on all ranks."""
         if self.config.weight == 0:
             return
-        teacher, self._loaded = self._loaded, None
-        if teacher is None:
-            teacher = self._load()
+        teachers, self._loaded = self._loaded, None
+        if teachers is None:
+            teachers = self._load()
         if self.config.inherit:
             if not trainer.resume:
-                inherit_into(trainer, teacher, self.config.inherit, say=is_first_rank())
-            if self.config.teacher.fuse and isinstance(self.teacher, (str, Path)):
-                teacher = fused(teacher)
-        run = TrainingRun(trainer, teacher, named_config(self.config, self.teacher))
+                inherit_into(trainer, teachers[0], self.config.inherit, say=is_first_rank())
+            fuse = [self.config.teacher.fuse and isinstance(one, (str, Path)) for one in self._given()]
+            teachers = [fused(each) if wanted else each for each, wanted in zip(teachers, fuse, strict=True)]
+        run = TrainingRun(trainer, teachers, named_config(self.config, self.teacher))
         self._runs[trainer] = run
         run.install()
 
@@ -169,3 +179,9 @@ class FGDCallback:
         """The training has ended, by itself or by an error."""
         if run := self._runs.pop(trainer, None):
             run.remove()
+
+
+def _file_of(teacher: Any) -> Any:
+    """The file of a ``YOLO`` object that was loaded from one; anything else as it is."""
+    path = getattr(teacher, "ckpt_path", None)
+    return str(path) if path and Path(str(path)).is_file() else teacher

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from fgd_hooks.cost import extra_cost
 from fgd_hooks.evaluate import DataError, evaluate, quiet_ultralytics
 from fgd_hooks.findings import Finding, Report
 from fgd_hooks.integrations.ultralytics_record import named_config
-from fgd_hooks.integrations.ultralytics_run import TrainingRun, boxes_of
-from fgd_hooks.integrations.ultralytics_teacher import load_teacher
+from fgd_hooks.integrations.ultralytics_run import TrainingRun
+from fgd_hooks.integrations.ultralytics_task import check_task, images_counted
+from fgd_hooks.integrations.ultralytics_teacher import load_teachers
 from fgd_hooks.taps import TapError
 from fgd_hooks.teacher import TeacherError, check_apart, check_finite
 
@@ -34,12 +36,16 @@ class _Examined(BaseException):
 
 
 def diagnose(
-    teacher: str | Path, model: Any, data: str, config: FGDConfig, settings: dict[str, Any] | None = None
+    teacher: str | Path | Sequence[str | Path],
+    model: Any,
+    data: str,
+    config: FGDConfig,
+    settings: dict[str, Any] | None = None,
 ) -> Report:
     """Check teacher, student and data as ``fgd train`` would put them together.
 
     Args:
-        teacher: weights file.
+        teacher: weights file, or several.
         model: the student, a ``YOLO`` or ``RTDETR`` object.
         data: data yaml.
         config: of the distillation.
@@ -49,14 +55,18 @@ def diagnose(
         FileNotFoundError, DataError: teacher or data do not exist or cannot be read.
         TeacherError: the teacher's file is no detector.
         ConfigError: ``resume`` is given, or Ultralytics does not know one of the settings.
+        TaskError: the student's task has no boxes, or no masks where ``boxes_from`` is "masks".
     """
     settings = dict(settings or {})
     if settings.get("resume"):
         raise ConfigError("resume= makes no sense for a check-up; give the last.pt as model=.")
-    module = load_teacher(teacher, fuse=config.teacher.fuse)
+    check_task(model, config.boxes_from)
+    files = [teacher] if isinstance(teacher, (str, Path)) else list(teacher)
+    modules = load_teachers(files, fuse=config.teacher.fuse)
     try:
-        check_finite(module)
-        check_apart(model.model, module)
+        for module in modules:
+            check_finite(module)
+            check_apart(model.model, module)
     except TeacherError as error:
         return Report((Finding("red", "teacher", str(error), "Use another teacher file."),))
     measured: dict[str, Any] = {key: settings[key] for key in ("imgsz", "batch", "device") if key in settings}
@@ -65,12 +75,13 @@ def diagnose(
     trained = str(getattr(model, "ckpt_path", None) or "") if getattr(model, "ckpt", None) else ""
     with quiet_ultralytics():
         # first, since it knows misspelt settings
-        findings = _examine(model, module, named_config(config, teacher), {**settings, "data": data})
-        quality = check_quality(str(teacher), trained or None, data, measured)
-    return Report((quality, *findings))
+        named = named_config(config, teacher)
+        findings = _examine(model, modules, named, {**settings, "data": data})
+        quality = [check_quality(str(file), trained or None, data, measured) for file in files]
+    return Report((*quality, *findings))
 
 
-def _examine(model: Any, teacher: nn.Module, config: FGDConfig, settings: dict[str, Any]) -> list[Finding]:
+def _examine(model: Any, teachers: Sequence[nn.Module], config: FGDConfig, settings: dict[str, Any]) -> list[Finding]:
     """Let Ultralytics build a training, and examine the distillation where it would begin."""
     config = dataclasses.replace(config, log_interval=0)
     base = model.task_map[model.task]["trainer"]
@@ -80,7 +91,7 @@ def _examine(model: Any, teacher: nn.Module, config: FGDConfig, settings: dict[s
         """Instead of all callbacks, also those of loggers, which would record a run."""
         if event == "on_train_start":
             try:
-                run = TrainingRun(self, teacher, config)
+                run = TrainingRun(self, teachers, config)
             except ConfigError:
                 raise
             except (TapError, ValueError) as error:
@@ -113,10 +124,10 @@ def _check(trainer: Any, run: TrainingRun) -> list[Finding]:
     run.distiller.set_epoch(0, trainer.epochs)
 
     def loss() -> Tensor:
-        total: Tensor = trainer.model(batch)[0].sum() / len(batch["img"])  # per image, as the distillation's
+        total: Tensor = trainer.model(batch)[0].sum() / images_counted(run.model, batch["img"])  # as the distillation's
         return total
 
-    report = run.distiller.check(batch["img"], boxes_of(batch), loss=loss, optimizer=run.optimizer)
+    report = run.distiller.check(batch["img"], run.boxes_of(batch), loss=loss, optimizer=run.optimizer)
     cost = extra_cost(run.distiller, trainer.batch_size, int(trainer.args.imgsz))
     return [Finding("green", "cost", f"{cost}."), *report.findings]
 
@@ -136,7 +147,7 @@ def check_quality(teacher: str, student: str | None, data: str, settings: dict[s
     name = "teacher's mAP"
     try:
         result = evaluate(teacher, data, limit=EVALUATED, **settings)
-    except DataError as error:
+    except (DataError, ModuleNotFoundError) as error:  # the latter: YOLO-World and YOLOE without their text encoder
         mend = "Well if the teacher was trained on other classes; else train it on this data and look at its mAP."
         return Finding("yellow", name, f"It could not be measured: {error}.", mend)
     theirs = result.map50_95 or 0.0  # None only where the images have no box, which evaluate() refuses

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fgd_hooks.config import FGDConfig, save_config
+from fgd_hooks.config import FGDConfig, TeacherShare, save_config
 from fgd_hooks.monitor import BEST_MAP, EPOCH_MAP, FINAL_MAP, FINAL_MAP50, hyper_parameters, write_hyper_parameters
 
 logger = logging.getLogger("ultralytics")
@@ -19,11 +20,19 @@ HOST_SETTINGS = ("model", "data", "epochs", "batch", "imgsz", "optimizer", "lr0"
 
 
 def named_config(config: FGDConfig, teacher: Any) -> FGDConfig:
-    """The configuration with the teacher's name in it: its file, else its class."""
+    """The configuration with the teacher's name in it, or those of several: the file, else the class."""
     config = copy.deepcopy(config)
-    path = teacher if isinstance(teacher, (str, Path)) else getattr(teacher, "ckpt_path", None)
-    config.teacher.name = str(path) if path else type(teacher).__name__
+    if isinstance(teacher, (list, tuple)):
+        shares = config.teachers or [TeacherShare() for _ in teacher]
+        named = [dataclasses.replace(share, name=_name(one)) for share, one in zip(shares, teacher, strict=False)]
+        return dataclasses.replace(config, teachers=named)
+    config.teacher.name = _name(teacher)
     return config
+
+
+def _name(teacher: Any) -> str:
+    path = teacher if isinstance(teacher, (str, Path)) else getattr(teacher, "ckpt_path", None)
+    return str(path) if path else type(teacher).__name__
 
 
 def save_settings(config: FGDConfig, folder: Path) -> None:

@@ -7,7 +7,7 @@ import copy
 import logging
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from fgd_hooks.config import FGDConfig
 from fgd_hooks.distiller import Distilled, Distiller
 from fgd_hooks.distributed import is_distributed
+from fgd_hooks.integrations.ultralytics_boxes import boxes_of, mask_boxes_of
 from fgd_hooks.integrations.ultralytics_compiled import DistillingLoss, drop_loss
 from fgd_hooks.integrations.ultralytics_pictures import AttentionWatch
 from fgd_hooks.integrations.ultralytics_record import save_settings, write_epoch, write_run
 from fgd_hooks.integrations.ultralytics_start import FirstLook, announce
-from fgd_hooks.integrations.ultralytics_teacher import fast_dtype
+from fgd_hooks.integrations.ultralytics_task import images_counted
+from fgd_hooks.integrations.ultralytics_teacher import fast_dtype, with_score_taps
 from fgd_hooks.masks import PackedBoxes
 from fgd_hooks.monitor import distillation_scalars, write_layout, write_scalars
 from fgd_hooks.savedstate import adamw_state, check_count
@@ -53,7 +55,7 @@ class _LossAdded(LiveHook):
 class TrainingRun:
     """One training: the distiller, its optimizer, and the hooks on model and optimizer."""
 
-    def __init__(self, trainer: Any, teacher: nn.Module, config: FGDConfig) -> None:
+    def __init__(self, trainer: Any, teachers: Sequence[nn.Module], config: FGDConfig) -> None:
         self.trainer = weakref.proxy(trainer)
         self.config = config
         self.model: nn.Module = unwrap(trainer.model)
@@ -75,7 +77,8 @@ class TrainingRun:
             config.teacher.dtype = fast_dtype(trainer.device)
         with torch.random.fork_rng():
             torch.manual_seed(trainer.args.seed)  # adapters start alike in every run of one seed, on every rank
-            self.distiller = Distiller(self.model, teacher.to(trainer.device), config)
+            teachers = [teacher.to(trainer.device) for teacher in teachers]
+            self.distiller = Distiller(self.model, teachers, with_score_taps(config, teachers))
         self.distiller.taps.enabled = self.compiled
         self.parallel: nn.Module = self.distiller
         self.parameters = list(self.distiller.parameters())  # none with identity adapters and a loss without weights
@@ -150,16 +153,23 @@ class TrainingRun:
         """What the model gives for a training batch, its loss vector and named items, with the distillation's."""
         loss, items = output
         images = batch["img"]
-        self.task_loss = loss.detach().sum() / images.shape[0]  # per image, as the parts
-        boxes = boxes_of(batch)
+        count = images_counted(self.model, images)
+        self.task_loss = loss.detach().sum() / count  # per image, as the parts
+        boxes = self.boxes_of(batch)
         distilled: Distilled = self.parallel(images, boxes, task_loss=self.task_loss)
         self.first_look.see(distilled, boxes)
         if self.distilled is None or not distilled.resting:
             self.distilled = distilled  # a step that rests goes on showing the last one's parts
-        # Ultralytics' loss is the sum over the images of a batch, its items are per image
-        extra = (distilled.loss * images.shape[0]).view(1).to(loss.dtype)
+        # a YOLO loss is the sum over the images of a batch, its items are per image
+        extra = (distilled.loss * count).view(1).to(loss.dtype)
         named = {f"fgd_{_SHORT.get(part, part)}": value for part, value in self.distilled.parts.items()}
         return torch.cat([loss.view(-1), extra]), {**items, **named}
+
+    def boxes_of(self, batch: Mapping[str, Tensor]) -> PackedBoxes:
+        """The pixel boxes of a batch, from its labels or its masks as the configuration says."""
+        if self.config.boxes_from == "masks":
+            return mask_boxes_of(batch, bool(self.trainer.args.overlap_mask))
+        return boxes_of(batch)
 
     def step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """After a step of the student's optimizer: step ours, unless its gradient is not finite."""
@@ -280,7 +290,7 @@ class TrainingRun:
             self.writer, self.owns_writer = SummaryWriter(str(self.trainer.save_dir)), True
         write_layout(self.writer, self.distiller.level_names)
         dataset = self.trainer.test_loader.dataset
-        self.watch = AttentionWatch(self.distiller, dataset, boxes_of, self.config.image_interval)
+        self.watch = AttentionWatch(self.distiller, dataset, self.boxes_of, self.config.image_interval)
 
     def end_batch(self) -> None:
         """Write this step's scalars; the axis is the number of training steps."""
@@ -322,18 +332,3 @@ def is_first_rank() -> bool:
 def config_has_zero_weights(config: FGDConfig) -> bool:
     """Whether a part of the loss is switched off, so that some parameters get no gradient."""
     return any(value == 0 for value in config.loss.options.values() if isinstance(value, (int, float)))
-
-
-def boxes_of(batch: Mapping[str, Tensor]) -> PackedBoxes:
-    """The pixel boxes of an Ultralytics training batch.
-
-    ``bboxes`` (n, 4) are centre x, centre y, width and height, as fractions of the network's input; ``batch_idx`` (n,)
-    is the image of each box. ``multi_scale`` resizes the images only, which fractions do not feel.
-    """
-    images = batch["img"]
-    height, width = int(images.shape[2]), int(images.shape[3])
-    centre, extent = batch["bboxes"].to(images.device).float()[:, :4].split(2, dim=1)
-    boxes = torch.cat([centre - extent / 2, centre + extent / 2], dim=1)
-    boxes[:, 0::2] *= width  # by numbers: a tensor of the two would make the host wait for the device
-    boxes[:, 1::2] *= height
-    return PackedBoxes.from_flat(boxes, batch["batch_idx"].to(images.device), images.shape[0], (height, width))

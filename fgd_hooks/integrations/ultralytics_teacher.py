@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from fgd_hooks.config import FGDConfig
+from fgd_hooks.integrations.ultralytics_task import TASKS, task_of
+from fgd_hooks.lessons import needs_scores
 from fgd_hooks.registry import suggestion
 from fgd_hooks.teacher import TeacherError
-
-TASKS = ("detect", "segment", "pose", "obb")
 
 
 def load_teacher(teacher: str | Path | nn.Module | Any, *, fuse: bool = True) -> nn.Module:
@@ -41,6 +44,39 @@ def load_teacher(teacher: str | Path | nn.Module | Any, *, fuse: bool = True) ->
         )
     _check_task(given, type(teacher).__name__)
     return given
+
+
+def load_teachers(teacher: Any, *, fuse: bool = True) -> list[nn.Module]:
+    """One teacher, or each of a list of them, as :func:`load_teacher` takes it."""
+    each = teacher if isinstance(teacher, (list, tuple)) else [teacher]
+    if not each:
+        raise TeacherError("The list of teachers is empty; give at least one.")
+    return [load_teacher(one, fuse=fuse) for one in each]
+
+
+def with_score_taps(config: FGDConfig, teachers: Sequence[nn.Module]) -> FGDConfig:
+    """The configuration with the places of the teachers' class scores, where a loss needs them and none are named."""
+    wanted = any(needs_scores(loss.name) for loss in config.all_losses)
+    if not wanted or config.score_taps is not None:
+        return config
+    found = [score_taps(teacher) for teacher in teachers]
+    if any(each is None or each != found[0] for each in found):
+        return config  # the Distiller says what is missing
+    return dataclasses.replace(config, score_taps=found[0])
+
+
+def score_taps(module: nn.Module) -> list[str] | None:
+    """The modules of a YOLO head that return the class scores of its levels, finest first; None if it has none.
+
+    The one-to-many branch, whose scores are spread over an object's cells, if the head runs it; a fused end-to-end head
+    has the one-to-one branch alone.
+    """
+    for name, part in module.named_modules():
+        for branch in ("cv3", "one2one_cv3"):
+            convolutions = getattr(part, branch, None)
+            if isinstance(convolutions, nn.ModuleList) and hasattr(part, "nl") and len(convolutions) == part.nl:
+                return [f"{name}.{branch}.{number}" for number in range(len(convolutions))]
+    return None
 
 
 def fused(module: nn.Module) -> nn.Module:
@@ -73,11 +109,7 @@ def _load_file(path: Path) -> Any:
 
 
 def _check_task(module: nn.Module, name: str) -> None:
-    task = getattr(module, "task", None)
-    if task is None and hasattr(module, "yaml") and hasattr(module, "model"):
-        from ultralytics.nn.tasks import guess_model_task
-
-        task = guess_model_task(module)
+    task = task_of(module)
     if task is not None and task not in TASKS:
         raise TeacherError(
             f"The teacher {name} is a model for the task {task!r}; FGD needs a detector with a neck "

@@ -8,6 +8,7 @@ from fgd_hooks.losses.fgd import PRESETS, FGDLoss
 from fgd_hooks.losses.generation import GenerationLoss
 from fgd_hooks.losses.imitation import ImitationLoss
 from fgd_hooks.losses.pearson import PearsonLoss
+from fgd_hooks.losses.scored import ScoredLoss
 
 __all__ = [
     "LOSSES",
@@ -20,6 +21,7 @@ __all__ = [
     "ImitationLoss",
     "LossResult",
     "PearsonLoss",
+    "ScoredLoss",
     "channel_attention",
     "create_loss",
     "list_losses",

@@ -43,6 +43,9 @@ class FeatureLoss(nn.Module):
     part_names: tuple[str, ...] = ()
     """The keys of :attr:`LossResult.parts`, in their order."""
 
+    needs_scores: bool = False
+    """Whether :meth:`forward` takes the teacher's class scores, logits (N, K, H, W), as the keyword ``scores``."""
+
     def forward(
         self,
         student: Tensor,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -12,16 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fgd_hooks.quickstart.train import Job, read_json, write_json
+from fgd_hooks.childprocess import log_tail, read_json, start_child, stop_child, write_json
+from fgd_hooks.quickstart.train import Job
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
 TRAIN = (sys.executable, "-m", "fgd_hooks.quickstart.train")
-_ROOT = Path(__file__).resolve().parents[2]  # the children find the package where this process found it
 _POLL_SECONDS = 0.25
-_TAIL_LINES = 15
 
 
 class QuickstartError(RuntimeError):
@@ -66,26 +63,7 @@ class _Running:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "job.json", job.to_dict())
         self.log = folder / "train.log"
-        threads = str(job.threads)
-        environment = {
-            # Threads that wait for each other give their core away sooner: on idle cores this costs nothing, beside
-            # other programs two threads were seven times faster with it.
-            "GOMP_SPINCOUNT": "10000",
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH")))),
-            "OMP_NUM_THREADS": threads,
-            "MKL_NUM_THREADS": threads,
-            "PYTHONUNBUFFERED": "1",
-        }
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [*command, str(folder / "job.json")],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env=environment,
-                cwd=folder,
-            )
+        self.process = start_child([*command, str(folder / "job.json")], folder, self.log, job.threads)
         self.line = progress.add_task(job.title, total=job.epochs, note="starting")
 
     def finished(self) -> bool:
@@ -100,7 +78,7 @@ class _Running:
             return False
         if code or not (Path(self.job.folder) / "summary.json").is_file():
             raise QuickstartError(
-                f"the training '{self.job.name}' failed (exit code {code}). The end of {self.log}:\n{_tail(self.log)}"
+                f"the training '{self.job.name}' failed (exit code {code}). The end of {self.log}:\n{log_tail(self.log)}"
             )
         total = self.job.epochs
         self.progress.update(self.line, completed=float(total), note=f"epoch {total}/{total}")
@@ -108,13 +86,7 @@ class _Running:
 
     def stop(self) -> None:
         """End the process, if it still runs."""
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+        stop_child(self.process)
 
     def _show(self) -> None:
         """Read the child's progress; a file that is not there yet leaves the display as it is."""
@@ -142,9 +114,3 @@ def progress_display(console: Console) -> Iterator[Progress]:
     )
     with Progress(*columns, console=console, speed_estimate_period=120) as progress:
         yield progress
-
-
-def _tail(file: Path) -> str:
-    """The last lines of a log; of a line that a progress bar rewrote, its last state."""
-    lines = [line.split("\r")[-1].rstrip() for line in file.read_text(errors="replace").split("\n")]
-    return "\n".join("  " + line for line in [line for line in lines if line][-_TAIL_LINES:])

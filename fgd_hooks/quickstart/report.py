@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fgd_hooks.quickstart.train import write_json
+from fgd_hooks.childprocess import write_json
 from fgd_hooks.reporting import Curve, draw_curves, markdown_table, spread
 
 if TYPE_CHECKING:

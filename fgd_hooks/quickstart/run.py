@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fgd_hooks.childprocess import read_json, write_json
 from fgd_hooks.quickstart.processes import QuickstartError, progress_display, run_jobs
 from fgd_hooks.quickstart.report import Comparison, comparison_table, write_report
 from fgd_hooks.quickstart.scenes import DRAWING, SceneSettings, make_dataset
-from fgd_hooks.quickstart.train import FIXED, Job, read_json, write_json
+from fgd_hooks.quickstart.train import FIXED, Job
 
 if TYPE_CHECKING:
     from rich.console import Console

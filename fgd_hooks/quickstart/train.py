@@ -7,14 +7,14 @@ and ``summary.json`` when it is done; everything that Ultralytics prints goes to
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
 import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from fgd_hooks.childprocess import read_json, write_json
 
 # Settings in which nothing depends on the machine: no worker processes, no mixed precision, no mosaic that would need
 # a different last phase. nbs = batch makes every batch one optimizer step.
@@ -94,6 +94,37 @@ class Job:
         return asdict(self)
 
 
+class BatchChecksum:
+    """A checksum of all training batches, pixels and boxes: equal for two runs that saw the same data.
+
+    Attributes:
+        value: so far.
+    """
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def attach(self, trainer: Any) -> None:
+        """Look at each batch on its way into the model; an Ultralytics callback for ``on_pretrain_routine_end``."""
+        original = trainer.preprocess_batch
+
+        def preprocess(batch: dict[str, Any]) -> Any:
+            for key in ("img", "cls", "bboxes"):
+                self.value = zlib.crc32(batch[key].contiguous().numpy().tobytes(), self.value)
+            return original(batch)
+
+        trainer.preprocess_batch = preprocess
+
+
+def silence_loggers(settings: Any) -> None:
+    """Switch off the user's other loggers (Weights & Biases and so on) in this process, and there only.
+
+    Args:
+        settings: Ultralytics' ``SETTINGS``.
+    """
+    dict.update(settings, dict.fromkeys(_INTEGRATIONS, False))  # past the method that would save it
+
+
 class Watch:
     """Ultralytics callbacks that report progress, choose the epochs to validate, and note what the model was fed.
 
@@ -104,7 +135,7 @@ class Watch:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.curve: list[tuple[int, float]] = []
-        self.batches = 0  # checksum of all batches: equal for two runs that saw the same data
+        self.batches = BatchChecksum()
         self._progress = Path(job.folder) / "progress.json"
         self._written = 0.0
         self._step = 0
@@ -126,14 +157,7 @@ class Watch:
         import torch
 
         torch.set_num_threads(self.job.threads)  # not before: Ultralytics sets them too, when it chooses the device
-        original = trainer.preprocess_batch
-
-        def preprocess(batch: dict[str, Any]) -> Any:
-            for key in ("img", "cls", "bboxes"):
-                self.batches = zlib.crc32(batch[key].contiguous().numpy().tobytes(), self.batches)
-            return original(batch)
-
-        trainer.preprocess_batch = preprocess
+        self.batches.attach(trainer)
         if self.job.teacher is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -181,8 +205,7 @@ def train(job: Job) -> dict[str, Any]:
 
     from fgd_hooks.evaluate import evaluate
 
-    # In this process only, past the method that would save it: the user's other loggers stay out of a demonstration.
-    dict.update(SETTINGS, dict.fromkeys(_INTEGRATIONS, False))
+    silence_loggers(SETTINGS)
     model = YOLO(job.model, task="detect")
     watch = Watch(job)
     watch.attach(model)
@@ -217,23 +240,10 @@ def train(job: Job) -> dict[str, Any]:
         "seconds": wall,
         "cpu_seconds": cpu,
         "curve": watch.curve,
-        "batches": watch.batches,
+        "batches": watch.batches.value,
     }
     write_json(folder / "summary.json", summary)
     return summary
-
-
-def write_json(file: Path, content: object) -> None:
-    """Write a JSON file in one piece: a reader sees the old or the new content, never half of it."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, file)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The content of a JSON file that holds an object."""
-    content: dict[str, Any] = json.loads(file.read_text())
-    return content
 
 
 def main() -> None:

@@ -138,12 +138,12 @@ def test_fixed_weights_that_are_absurd(diagnosed):
 
 
 def test_boxes_in_the_wrong_unit(diagnosed, monkeypatch):
-    own = ultralytics_doctor.boxes_of
+    own = ultralytics_run.boxes_of
 
     def wrong(batch):
         return own({**batch, "bboxes": batch["bboxes"] / batch["img"].shape[-1]})
 
-    monkeypatch.setattr(ultralytics_doctor, "boxes_of", wrong)
+    monkeypatch.setattr(ultralytics_run, "boxes_of", wrong)
     assert diagnosed().of("masks").status == "red"
 
 
@@ -159,7 +159,7 @@ def test_a_teacher_without_common_levels(diagnosed, monkeypatch):
             return [first, self.down(first)]
 
     shallow = Shallow()
-    monkeypatch.setattr(ultralytics_doctor, "load_teacher", lambda *_, **__: shallow)
+    monkeypatch.setattr(ultralytics_doctor, "load_teachers", lambda *_, **__: [shallow])
     report = diagnosed()
     assert report.of("levels").status == "red"
     assert "no feature level of the same stride" in report.of("levels").found

@@ -79,7 +79,7 @@ def test_nan_teacher_features_on_one_batch(train, teacher_file, said):
     callback = FGDCallback(teacher_file, **ALWAYS)
 
     def poison(trainer):
-        teacher = callback.distiller(trainer)._teacher
+        teacher = callback.distiller(trainer)._teachers[0]
         original = teacher.features
 
         def broken(images):

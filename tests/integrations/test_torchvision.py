@@ -220,7 +220,7 @@ def test_a_map_of_equal_size_by_chance_does_not_pair(student, caplog):
     teacher.backbone = Unpadded((8, 12, 16))  # 16 - 6 - 2 = 8 cells of 512 pixels, as P6; 2 of 320, where P6 has 5
     with TorchvisionDistiller(student, teacher, FIXED) as distiller:
         assert distiller.level_names == FINE
-    assert "backbone['3'] has the size of one of the student's maps on some canvases only" in caplog.text
+    assert "backbone['3'] has the size of a map of the student's on some canvases only" in caplog.text
 
 
 def test_nothing_in_common_says_so(student):

@@ -289,7 +289,7 @@ def test_the_students_gradient_is_the_stock_one_plus_the_distillations(teacher_f
     trainer.model = model
     run = TrainingRun(
         trainer,
-        load_teacher(teacher_file),
+        [load_teacher(teacher_file)],
         load_config({"balance": {"mode": "fixed"}, "log_interval": 0, "weight": 50}),
     )
     run.install()

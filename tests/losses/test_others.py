@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fgd_hooks import Distiller
-from fgd_hooks.losses import ChannelWiseLoss, GenerationLoss, PearsonLoss, create_loss
+from fgd_hooks.losses import ChannelWiseLoss, GenerationLoss, PearsonLoss, ScoredLoss, create_loss
 from tests.tiny import TinyDetector, batch, trained
 
 NO_BOXES = [torch.zeros(0, 4), torch.zeros(0, 4)]
@@ -142,3 +142,26 @@ def test_wrong_options(name, options, message):
 def test_features_that_do_not_fit(name):
     with pytest.raises(ValueError, match="built for 4 channels"):
         call(create_loss(name, channels=4), torch.zeros(2, 3, 2, 2), torch.zeros(2, 3, 2, 2))
+
+
+def test_scored_by_hand():
+    """Two images of two cells and two channels; the largest class probability of each cell is its weight."""
+    logits = torch.tensor([[[0.0, -5.0], [-1.0, 0.0]], [[math.log(3.0), -9.0], [0.0, -9.0]]]).view(2, 2, 1, 2)
+    sure = [0.5, 0.5, 0.75, 1 / (1 + math.exp(9))]
+    student = torch.zeros(2, 2, 1, 2, requires_grad=True)
+    teacher = torch.tensor([[[1.0, 2.0], [3.0, 0.0]], [[0.0, 10.0], [2.0, 0.0]]]).view(2, 2, 1, 2)
+    energy = [(1 + 9) / 2, 4 / 2, 4 / 2, 100 / 2]
+    result = ScoredLoss(alpha=3.0)(student, teacher, NO_BOXES, CANVAS, scores=logits)
+    expected = sum(p * e for p, e in zip(sure, energy, strict=True)) / sum(sure)
+    assert float(result.raw["scored"].detach()) == pytest.approx(expected)
+    assert float(result.loss.detach()) == pytest.approx(3 * expected)
+    result.loss.backward()
+    # d/ds of (t - s)^2 / 2 channels at s = 0 is -t, times the cell's share of the weights
+    assert float(student.grad[1, 1, 0, 0]) == pytest.approx(-3 * 2 * 0.75 / sum(sure))
+
+
+@pytest.mark.parametrize("scores", [None, torch.zeros(2, 3, 4, 4)])
+def test_scored_refuses_scores_of_another_shape(scores):
+    feature = torch.zeros(2, 3, 4, 5)
+    with pytest.raises(ValueError, match=r"class scores have the shape .*N, H, W = \(2, 4, 5\)"):
+        ScoredLoss()(feature, feature, NO_BOXES, CANVAS, scores=scores)

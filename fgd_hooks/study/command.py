@@ -1,0 +1,173 @@
+"""The ``fgd study`` command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from fgd_hooks.study.plan import TEST, Plan, Planner
+from fgd_hooks.study.spec import StudyError, load_study
+
+RESULTS = Path("docs") / "results"
+
+EPILOG = """\
+examples:
+  fgd study configs/studies/default.yaml --data-root DATA --dry-run
+  fgd study configs/studies/default.yaml --data-root DATA --jobs 2 --max-minutes 90
+  fgd study configs/studies/default.yaml --data-root DATA --test
+  fgd study configs/studies/default.yaml --data-root DATA --collect
+  fgd study docs/results/default --table
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``study`` to the sub-commands of ``fgd``."""
+    study = commands.add_parser(
+        "study",
+        help="arms x seeds x data sets: train side by side, resumable; tables and plots",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    study.add_argument("study", type=Path, help="study file; with --table also a folder of collected results")
+    study.add_argument("--out", type=Path, default=Path("runs/studies"), help="folder of the runs; studies share it")
+    root = os.environ.get("FGD_DATA")
+    study.add_argument(
+        "--data-root", type=Path, default=Path(root) if root else None, help="folder of the data sets ($FGD_DATA)"
+    )
+    study.add_argument("--jobs", type=int, help="trainings at a time, one thread each (default: as many as cores)")
+    study.add_argument("--device", default="cpu", help="devices as in Ultralytics, given out in turn: cpu, or 0,1")
+    study.add_argument("--only", nargs="+", metavar="ARM", help="these arms only")
+    study.add_argument("--data", nargs="+", metavar="NAME", help="these data sets only")
+    study.add_argument("--seeds", type=int, nargs="+", help="these seeds only")
+    study.add_argument("--max-minutes", type=float, help="start no training after so many minutes")
+    study.add_argument("--dry-run", action="store_true", help="list the runs and what is done")
+    study.add_argument("--test", action="store_true", help="measure the finished runs on test, each once and for all")
+    study.add_argument(
+        "--collect",
+        type=Path,
+        nargs="?",
+        const=RESULTS,
+        metavar="DIR",
+        help=f"copy the finished runs' csv and json to DIR/STUDY ({RESULTS})",
+    )
+    study.add_argument(
+        "--table",
+        type=Path,
+        nargs="?",
+        const=RESULTS,
+        metavar="DIR",
+        help=f"make tables and plots from DIR/STUDY ({RESULTS}) alone",
+    )
+    study.set_defaults(run=study_command)
+
+
+def study_command(arguments: argparse.Namespace) -> int:
+    """Do what the command line says; returns 1 where a run failed."""
+    if arguments.table is not None and arguments.study.is_dir():
+        return _table(arguments.study)
+    spec = load_study(arguments.study)
+    for given, known, kind in ((arguments.only, spec.arms, "arm"), (arguments.data, spec.data, "data set")):
+        unknown = [name for name in given or () if name not in known]
+        if unknown:
+            raise StudyError(f"There is no {kind} {unknown[0]!r} in {arguments.study}; it has {', '.join(known)}.")
+    if arguments.table is not None and arguments.collect is None:
+        return _table(arguments.table / spec.name)
+    planner = Planner(spec, arguments.study.resolve(), arguments.out.resolve(), arguments.data_root)
+    if not (arguments.dry_run or arguments.test or arguments.collect):
+        return _train(planner, arguments)
+    plan = planner.plan(arguments.only, arguments.data, arguments.seeds)
+    if arguments.dry_run:
+        _list(plan)
+    elif arguments.test:
+        _test(plan, arguments.device)
+    else:
+        from fgd_hooks.study.collect import collect
+
+        folder = arguments.collect / spec.name
+        count = collect(spec, plan, folder)
+        print(f"{count} runs in {folder}")
+        if arguments.table is not None:
+            return _table(folder)
+    return 0
+
+
+def _train(planner: Planner, arguments: argparse.Namespace) -> int:
+    from fgd_hooks.study.runner import Runner
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)  # so that the children are ended on the way out
+
+    signal.signal(signal.SIGTERM, end)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = arguments.max_minutes
+    runner = Runner(
+        jobs=max(1, arguments.jobs or cores),
+        devices=arguments.device.split(","),
+        deadline=None if limit is None else time.monotonic() + 60 * limit,
+        say=lambda text: print(text, flush=True),
+    )
+    while True:
+        plan = planner.plan(arguments.only, arguments.data, arguments.seeds)
+        open_runs = [run for run in plan.runs if run.result() is None]
+        print(f"{len(plan.runs)} runs, {len(plan.runs) - len(open_runs)} done before", flush=True)
+        left = runner.run(plan.runs)
+        if left or not plan.waiting or not open_runs or runner.failed:
+            break
+    if left:
+        print(f"The time is over: {left} runs are left; the same command goes on with them.")
+    for text in plan.waiting:
+        print(f"not planned yet: {text}")
+    for name, reason in runner.failed.items():
+        print(f"failed: {name} ({reason})")
+    return int(bool(runner.failed))
+
+
+def _list(plan: Plan) -> None:
+    from fgd_hooks.study.runner import in_progress
+
+    for run in plan.runs:
+        state = "done" if run.result() else "running" if in_progress(run.folder) else "to do"
+        state += ", tested" if run.test() else ""
+        print(f"{state:<14} {run.folder.name:<60} {run.epochs:>4} epochs")
+    for text in plan.waiting:
+        print(f"{'later':<14} {text}")
+
+
+def _test(plan: Plan, device: str) -> None:
+    """Measure every run on test that was not measured there before.
+
+    Raises:
+        StudyError: runs are not finished: whoever looks at test before could still choose by it.
+    """
+    from fgd_hooks.childprocess import write_json
+    from fgd_hooks.evaluate import evaluate
+    from fgd_hooks.study.train import job_of, measure
+
+    tested = [run for run in plan.runs if "test" in run.prepared.counts]
+    if not tested:
+        raise StudyError("None of the study's data sets has a test split.")
+    missing = [run.name for run in tested if run.result() is None]
+    if missing or plan.waiting:
+        raise StudyError(
+            f"{len(missing)} runs are not finished ({', '.join(missing[:3])}{', ...' if missing[3:] else ''}); test is "
+            "measured when no choice is left to make. Narrow the study with --only, --data or --seeds, or finish it."
+        )
+    for run in tested:
+        if run.test() is not None:
+            print(f"{run.folder.name}: measured on test before; kept")
+            continue
+        found = measure(job_of(run, device.split(",")[0]), "test", evaluate)
+        write_json(run.folder / TEST, {"measured": time.strftime("%Y-%m-%d"), "results": {"test": found}})
+        print(f"{run.folder.name}: test mAP50-95 {100 * (found['map50_95'] or 0):.1f}")
+
+
+def _table(folder: Path) -> int:
+    from fgd_hooks.study.tables import write_tables
+
+    print(write_tables(folder))
+    return 0
+

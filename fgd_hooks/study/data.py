@@ -1,0 +1,188 @@
+"""The images that the runs of a study see: a folder of links and lists, the same for every arm.
+
+Which images a subset holds follows from their names and a seed alone, so a smaller subset lies inside a larger one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fgd_hooks.evaldata import DataError, read_data
+from fgd_hooks.evaldata.links import link_file
+from fgd_hooks.evaldata.yolo import label_file
+from fgd_hooks.study.spec import DataSpec, StudyError
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A data set as the runs see it.
+
+    Attributes:
+        yaml: its data yaml.
+        key: what tells it from every other: names of classes and images, and all labels.
+        counts: images by split.
+    """
+
+    yaml: Path
+    key: str
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set where it lies: class names, and the image files of each split."""
+
+    names: tuple[str, ...]
+    splits: dict[str, tuple[Path, ...]]
+
+
+def find_file(text: str, root: Path | None, beside: Path) -> Path:
+    """A file of a study: absolute, below the data root, or beside the study file; the last place when it is nowhere."""
+    path = Path(text).expanduser()
+    places = [base / path for base in (root, beside) if base is not None]
+    return next((place.resolve() for place in places if place.is_file()), (beside / path).resolve())
+
+
+def read_source(name: str, spec: DataSpec, root: Path | None, beside: Path, out: Path) -> Source:
+    """Find the images of a data set's splits, with the holdout already moved; draws the built-in set where asked.
+
+    Args:
+        name: of the data set, for messages.
+        spec: its section.
+        root: the data root, from the command line or the environment.
+        beside: folder of the study file.
+        out: folder to draw into.
+
+    Raises:
+        StudyError: the data yaml is not there, or the settings of the drawn set are wrong.
+        DataError: the data are malformed.
+    """
+    if spec.scenes is not None:
+        return _scenes(name, spec.scenes, out)
+    file = find_file(str(spec.yaml), root, beside)
+    if not file.is_file():
+        raise StudyError(
+            f"data.{name}.yaml: {spec.yaml!r} is neither below the data root ({root or 'not given'}) nor beside the "
+            "study file; give its folder by --data-root or FGD_DATA."
+        )
+    names, splits = _read(file)
+    if spec.holdout:
+        if "val" in splits and "test" in splits:
+            raise StudyError(f"data.{name}.holdout: {file} has a test split already; leave holdout out.")
+        held = set(subset(splits["train"], spec.holdout, spec.subset_seed, "holdout"))
+        splits["test"] = splits["val"]
+        splits["val"] = tuple(image for image in splits["train"] if image in held)
+        splits["train"] = tuple(image for image in splits["train"] if image not in held)
+    return Source(names, splits)
+
+
+def subset(images: Sequence[Path], fraction: float, seed: int, purpose: str = "subset") -> tuple[Path, ...]:
+    """A share of images, in their order: those whose names, hashed with the seed, come first. Nested by construction.
+
+    Args:
+        images: all of them.
+        fraction: above 0, up to 1; at least one image is taken.
+        seed: another one gives another choice.
+        purpose: independent choices from the same images have different ones.
+    """
+    ranked = sorted(images, key=lambda image: hashlib.sha256(f"{purpose} {seed} {image.name}".encode()).digest())
+    taken = set(ranked[: max(1, math.floor(fraction * len(images) + 0.5))])
+    return tuple(image for image in images if image in taken)
+
+
+def prepare(name: str, source: Source, out: Path, fraction: float = 1.0, seed: int = 0) -> Prepared:
+    """Lay out the data set under ``out``: links to the images, copies of the labels, ``train.txt`` and ``data.yaml``.
+
+    Nothing is written where it is there already, or where the sources lie.
+
+    Raises:
+        StudyError: two images of one split have the same name.
+    """
+    splits = dict(source.splits)
+    splits["train"] = subset(splits["train"], fraction, seed)
+    labels = {split: {image: _label(image) for image in images} for split, images in splits.items()}
+    key = _key(source.names, labels)
+    counts = {split: len(images) for split, images in splits.items()}
+    folder = out / f"{name}-{key}"
+    if not (folder / "data.yaml").is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=out))
+        try:
+            _lay_out(temporary, folder, source.names, labels)
+            os.replace(temporary, folder)
+        except OSError:
+            if not (folder / "data.yaml").is_file():  # another process was not faster
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return Prepared(folder / "data.yaml", key, counts)
+
+
+def _lay_out(into: Path, folder: Path, names: Sequence[str], labels: Mapping[str, Mapping[Path, str]]) -> None:
+    for split, images in labels.items():
+        for kind in ("images", "labels"):
+            (into / kind / split).mkdir(parents=True)
+        for image, text in images.items():
+            link = into / "images" / split / image.name
+            if link.is_symlink() or link.exists():
+                raise StudyError(f"Two images of {split} are called {image.name}; rename one of them.")
+            link_file(image.resolve(), link)
+            (into / "labels" / split / f"{image.stem}.txt").write_text(text, encoding="utf-8")
+        lines = (f"./images/{split}/{image.name}\n" for image in images)
+        (into / f"{split}.txt").write_text("".join(lines), encoding="utf-8")
+    content = [f"path: {json.dumps(folder.resolve().as_posix())}"]
+    content += [f"{split}: {split}.txt" for split in labels]
+    content += ["names:", *(f"  {index}: {json.dumps(text)}" for index, text in enumerate(names))]
+    (into / "data.yaml").write_text("\n".join(content) + "\n", encoding="utf-8")
+
+
+def _read(file: Path) -> tuple[tuple[str, ...], dict[str, tuple[Path, ...]]]:
+    """Class names and the images of each split of a data yaml that the yaml has."""
+    splits: dict[str, tuple[Path, ...]] = {}
+    names: tuple[str, ...] = ()
+    for split in SPLITS:
+        try:
+            data = read_data(file, split)
+        except DataError as error:
+            if split == "test" and "no split" in str(error):
+                continue
+            raise
+        names = data.names
+        splits[split] = tuple(image.file for image in data.images)
+    return names, splits
+
+
+def _scenes(name: str, settings: Mapping[str, object], out: Path) -> Source:
+    from fgd_hooks.quickstart.scenes import SceneSettings, make_dataset
+
+    try:
+        wanted = SceneSettings(**settings)  # type: ignore[arg-type]
+        other = SceneSettings(**{**asdict(wanted), "seed": wanted.seed + 1000})
+    except (TypeError, ValueError) as error:
+        raise StudyError(f"data.{name}.scenes: {error}") from error
+    parts = {}
+    for each in (wanted, other):
+        key = hashlib.sha256(json.dumps(asdict(each), sort_keys=True).encode()).hexdigest()[:10]
+        parts[each.seed] = _read(make_dataset(out / f"drawn-{key}", each))
+    names, splits = parts[wanted.seed]
+    return Source(names, {**splits, "test": parts[other.seed][1]["val"]})
+
+
+def _label(image: Path) -> str:
+    file = label_file(image)
+    return file.read_text(encoding="utf-8-sig") if file.is_file() else ""
+
+
+def _key(names: Iterable[str], labels: Mapping[str, Mapping[Path, str]]) -> str:
+    content = {split: [(image.name, text) for image, text in images.items()] for split, images in labels.items()}
+    return hashlib.sha256(json.dumps([list(names), content]).encode()).hexdigest()[:10]

@@ -1,0 +1,286 @@
+"""Which trainings a study consists of: names and keys of the runs, what they need, and what is done already.
+
+A run's key is a hash of everything that shapes its result, and is the end of its folder's name: a run with the same key
+is the same run, in whatever study and under whatever name of an arm, and changed settings are another run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fgd_hooks.childprocess import read_json
+from fgd_hooks.study.data import Prepared, find_file, prepare, read_source
+from fgd_hooks.study.spec import SETTINGS, ArmSpec, DataSpec, PretrainSpec, StudentSpec, StudyError, StudySpec
+
+RESULT, TEST = "result.json", "test.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training, or one teacher that is given and only measured.
+
+    Attributes:
+        data: name of the data set.
+        arm: name of the arm; "teacher" and "pretrain" for what the arms need.
+        kind: of the arm, or "teacher" or "pretrain".
+        seed: of the run.
+        epochs: how long; 0 for a teacher that is given.
+        student: what the model is called.
+        model: model yaml (a file or a name), or weights.
+        scale: depth, width and most channels instead of the yaml's.
+        settings: Ultralytics' settings.
+        fgd: settings of the distillation that differ from the defaults.
+        prepared: the images.
+        out: the folder of all runs.
+        key: see above.
+        teacher: the run that gives the teacher.
+        start: the run whose last weights this one starts from.
+    """
+
+    data: str
+    arm: str
+    kind: str
+    seed: int
+    epochs: int
+    student: str
+    model: str
+    scale: tuple[float, ...] | None
+    settings: dict[str, Any]
+    fgd: dict[str, Any]
+    prepared: Prepared
+    out: Path
+    key: str = ""
+    teacher: Run | None = None
+    start: Run | None = None
+
+    @property
+    def name(self) -> str:
+        """The folder's name when this run makes it."""
+        return f"{self.data}-{self.arm}-s{self.seed}-{self.key}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lies: an existing folder with the same key, whatever it is called, or one of its own."""
+        present = sorted(path for path in self.out.glob(f"*-s{self.seed}-{self.key}") if path.is_dir())
+        done = [path for path in present if (path / RESULT).is_file()]
+        return (done or present or [self.out / self.name])[0]
+
+    @property
+    def weights(self) -> Path:
+        """The weights that the run leaves, or that are given."""
+        return self.folder / "weights" / "last.pt" if self.epochs else Path(self.model)
+
+    @property
+    def needs(self) -> tuple[Run, ...]:
+        """The runs that must be done before."""
+        return tuple(run for run in (self.teacher, self.start) if run is not None)
+
+    def result(self) -> dict[str, Any] | None:
+        """What the finished run found; None while it is not finished."""
+        file = self.folder / RESULT
+        return read_json(file) if file.is_file() else None
+
+    def test(self) -> dict[str, Any] | None:
+        """The figures on the test split; None while they were not measured."""
+        file = self.folder / TEST
+        return read_json(file) if file.is_file() else None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs of a study.
+
+    Attributes:
+        runs: in an order in which each comes after what it needs.
+        waiting: arms whose epochs follow from runs that are not finished, with what they wait for.
+    """
+
+    runs: tuple[Run, ...]
+    waiting: tuple[str, ...]
+
+
+@dataclass
+class Planner:
+    """Makes the plan of a study.
+
+    Args:
+        spec: the study.
+        file: the study's file.
+        out: folder of runs and laid-out data; studies that share it share runs.
+        root: where the study's data sets are looked for.
+    """
+
+    spec: StudySpec
+    file: Path
+    out: Path
+    root: Path | None = None
+    _data: dict[tuple[str, bool], Prepared] = field(default_factory=dict)
+
+    def plan(
+        self, only: Sequence[str] | None = None, data: Sequence[str] | None = None, seeds: Sequence[int] | None = None
+    ) -> Plan:
+        """The runs of some arms, data sets and seeds, or of all.
+
+        Raises:
+            StudyError: a file is missing.
+        """
+        runs: dict[str, Run] = {}
+        waiting: list[str] = []
+        # one seed of all arms first: a study that is stopped early has whole comparisons
+        for seed in self.spec.seeds if seeds is None else seeds:
+            for name in [each for each in self.spec.data if data is None or each in data]:
+                for arm_name, arm in self._arms(name):
+                    if only is not None and arm_name not in only:
+                        continue
+                    epochs = self.epochs(name, arm)
+                    if epochs is None:
+                        text = f"{name}, {arm_name}: its epochs follow from the CPU seconds of {arm.compute}"
+                        waiting += [text] if text not in waiting else []
+                        for other in (self.spec.baseline, str(arm.compute)):
+                            for each in self.spec.seeds:
+                                self._add(runs, self.run(name, other, each))
+                    else:
+                        self._add(runs, self.run(name, arm_name, seed, epochs))
+                if only is None and (teacher := self.teacher(name)) is not None and self.spec.data[name].compare:
+                    self._add(runs, teacher)
+        return Plan(tuple(runs.values()), tuple(waiting))
+
+    def epochs(self, name: str, arm: ArmSpec) -> int | None:
+        """How long an arm trains; None where that follows from runs that are not finished."""
+        data = self.spec.data[name]
+        common = data.epochs or self.spec.epochs
+        if data.keep_steps:
+            common = round(common / data.fraction)
+        if arm.compute is None:
+            return arm.epochs or common
+        seconds = []
+        for other in (arm.compute, self.spec.baseline):
+            found = [self.run(name, other, seed).result() for seed in self.spec.seeds]
+            if not all(found):
+                return None
+            seconds.append(sum(float(each["cpu_s"]) / int(each["epochs"]) for each in found if each))
+        length = self.epochs(name, self.spec.arms[arm.compute])
+        return None if length is None else max(1, round(length * seconds[0] / seconds[1]))
+
+    def run(self, name: str, arm_name: str, seed: int, epochs: int | None = None) -> Run:
+        """The run of one arm."""
+        spec, data, arm = self.spec, self.spec.data[name], self.spec.arms[arm_name]
+        student = data.student or spec.student
+        start = self._pretrained(student, student.pretrain) if student.pretrain else None
+        return self._finish(
+            Run(
+                data=name,
+                arm=arm_name,
+                kind=arm.kind,
+                seed=seed,
+                epochs=epochs or self.epochs(name, arm) or 1,
+                student=student.name or Path(student.model).stem,
+                model=self._model(student.model),
+                scale=tuple(student.scale) if student.scale else None,
+                settings={**SETTINGS, **spec.train, **data.train, **arm.train},
+                fgd=arm.fgd,
+                prepared=self.prepared(name),
+                out=self.out,
+                teacher=self.teacher(name) if arm.kind != "alone" else None,
+                start=start,
+            )
+        )
+
+    def teacher(self, name: str) -> Run | None:
+        """The run that gives a data set's teacher: a training, or the measuring of weights that are given."""
+        data = self.spec.data[name]
+        if data.teacher is None:
+            return None
+        given = find_file(data.teacher.weights, self.root, self.file.parent) if data.teacher.weights else None
+        if given is not None and not given.is_file() and data.teacher.model is None:
+            raise StudyError(
+                f"data.{name}.teacher.weights: {data.teacher.weights!r} is neither below the data root "
+                f"({self.root or 'not given'}) nor beside the study file, and there is no model to train."
+            )
+        trained = given is None or not given.is_file()
+        model = self._model(str(data.teacher.model)) if trained else str(given)
+        return self._finish(
+            Run(
+                data=name,
+                arm="teacher",
+                kind="teacher",
+                seed=data.teacher.seed if trained else 0,
+                epochs=data.teacher.epochs if trained else 0,
+                student=Path(model).stem,
+                model=model,
+                scale=None,
+                settings={**SETTINGS, **self.spec.train, **data.train, **data.teacher.train},
+                fgd={},
+                prepared=self.prepared(name, whole=True),
+                out=self.out,
+            )
+        )
+
+    def prepared(self, name: str, whole: bool = False) -> Prepared:
+        """The images of a data set; ``whole``: without the fraction."""
+        if (name, whole) not in self._data:
+            spec = self.spec.data[name]
+            source = read_source(name, spec, self.root, self.file.parent, self.out / "data")
+            fraction = 1.0 if whole else spec.fraction
+            # links are named by what they hold, so sets that differ in the fraction alone share the whole one
+            self._data[name, whole] = prepare(_stem(spec), source, self.out / "data", fraction, spec.subset_seed)
+        return self._data[name, whole]
+
+    def _arms(self, name: str) -> list[tuple[str, ArmSpec]]:
+        chosen = self.spec.arms.items() if self.spec.data[name].compare else ()
+        return [(each, arm) for each, arm in chosen if arm.data is None or name in arm.data]
+
+    def _pretrained(self, student: StudentSpec, wanted: PretrainSpec) -> Run:
+        data = self.spec.data[wanted.data]
+        return self._finish(
+            Run(
+                data=wanted.data,
+                arm="pretrain",
+                kind="pretrain",
+                seed=wanted.seed,
+                epochs=wanted.epochs,
+                student=student.name or Path(student.model).stem,
+                model=self._model(student.model),
+                scale=tuple(student.scale) if student.scale else None,
+                settings={**SETTINGS, **self.spec.train, **data.train},
+                fgd={},
+                prepared=self.prepared(wanted.data),
+                out=self.out,
+            )
+        )
+
+    def _model(self, text: str) -> str:
+        """A model file by its whole path; a name of Ultralytics' own as it is."""
+        file = find_file(text, self.root, self.file.parent)
+        return str(file) if file.is_file() else text
+
+    def _add(self, runs: dict[str, Run], run: Run) -> None:
+        for each in (*run.needs, run):
+            runs.setdefault(f"{each.data} {each.arm} {each.seed} {each.key}", each)
+
+    def _finish(self, run: Run) -> Run:
+        """The run with its key."""
+        model = Path(run.model)
+        content: Mapping[str, Any] = {
+            "kind": "alone" if run.kind in ("teacher", "pretrain") and run.epochs else run.kind,
+            "seed": run.seed,
+            "epochs": run.epochs,
+            "model": hashlib.sha256(model.read_bytes()).hexdigest() if model.is_file() else run.model,
+            "scale": run.scale,
+            "settings": run.settings,
+            "fgd": run.fgd,
+            "data": run.prepared.key,
+            "teacher": run.teacher.key if run.teacher else None,
+            "start": run.start.key if run.start else None,
+        }
+        text = json.dumps(content, sort_keys=True, default=str)
+        return Run(**{**vars(run), "key": hashlib.sha256(text.encode()).hexdigest()[:10]})
+
+
+def _stem(spec: DataSpec) -> str:
+    return "scenes" if spec.yaml is None else Path(spec.yaml).parent.name or Path(spec.yaml).stem

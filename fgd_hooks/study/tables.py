@@ -1,0 +1,262 @@
+"""The tables of a study, from its collected records alone."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fgd_hooks.childprocess import read_json
+from fgd_hooks.reporting import markdown_table, spread
+from fgd_hooks.study.collect import STUDY
+from fgd_hooks.study.spec import StudyError
+from fgd_hooks.study.statistics import Interval, mean_interval
+
+TEACHER, PRETRAIN = "teacher", "pretrain"
+MAX_CLASSES = 12
+
+
+@dataclass(frozen=True)
+class Record:
+    """One collected run.
+
+    Attributes:
+        data: name of the data set.
+        student: what the model is called.
+        arm: name of the arm.
+        epochs: trained.
+        seed: of the run.
+        cpu_s: CPU seconds of the training.
+        results: figures by split, as ``fgd eval --json`` writes them.
+        batches: checksum of the training batches; None where it was not taken.
+    """
+
+    data: str
+    student: str
+    arm: str
+    epochs: int
+    seed: int
+    cpu_s: float
+    results: dict[str, dict[str, Any]]
+    batches: int | None
+
+    def value(self, split: str) -> float | None:
+        """mAP50-95 on a split, per cent; None where it was not measured."""
+        found = self.results.get(split, {}).get("map50_95")
+        return None if found is None else 100 * float(found)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """The runs of one arm on one data set, one per seed."""
+
+    name: str
+    epochs: int
+    runs: tuple[Record, ...]
+
+    def values(self, split: str) -> dict[int, float]:
+        """mAP50-95 by seed, per cent."""
+        return {run.seed: value for run in self.runs if (value := run.value(split)) is not None}
+
+
+@dataclass(frozen=True)
+class Group:
+    """All arms of one data set with one student, and the teacher's figures there.
+
+    Attributes:
+        data: name of the data set.
+        student: what the model is called.
+        arms: in the order of the study.
+        baseline: the arm that the others are compared with; None where it has no run.
+        teacher: its record.
+    """
+
+    data: str
+    student: str
+    arms: tuple[Arm, ...]
+    baseline: Arm | None
+    teacher: Record | None
+
+    def splits(self) -> list[str]:
+        """The splits that were measured, val first."""
+        return [split for split in ("val", "test") if any(arm.values(split) for arm in self.arms)]
+
+    def gain(self, arm: Arm, split: str) -> Interval | None:
+        """The mean of the differences to the baseline, seed by seed, in points; None without a common seed."""
+        if self.baseline is None or arm is self.baseline:
+            return None
+        base, mine = self.baseline.values(split), arm.values(split)
+        differences = [mine[seed] - base[seed] for seed in mine if seed in base]
+        return mean_interval(differences) if differences else None
+
+    def closed(self, arm: Arm, split: str) -> float | None:
+        """The gain as a share of what the teacher is above the baseline; None where that is nothing."""
+        gain, teacher = self.gain(arm, split), self.teacher.value(split) if self.teacher else None
+        if gain is None or teacher is None or self.baseline is None:
+            return None
+        base = self.baseline.values(split)
+        gap = teacher - statistics.fmean(base[seed] for seed in arm.values(split) if seed in base)
+        return gain.mean / gap if gap > 0 else None
+
+    def cost(self, arm: Arm) -> float | None:
+        """CPU seconds as a multiple of the baseline's, the mean over common seeds."""
+        if self.baseline is None:
+            return None
+        base = {run.seed: run.cpu_s for run in self.baseline.runs if run.cpu_s}
+        ratios = [run.cpu_s / base[run.seed] for run in arm.runs if run.seed in base]
+        return statistics.fmean(ratios) if ratios else None
+
+
+def read_records(folder: Path) -> tuple[dict[str, Any], list[Record]]:
+    """``study.json`` (empty where there is none) and all records of a folder.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        StudyError: it holds no record, or a file that is none.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"The folder of collected results {str(folder)!r} does not exist; collect them first.")
+    study = read_json(folder / STUDY) if (folder / STUDY).is_file() else {}
+    records = []
+    for file in sorted(folder.glob("*.json")):
+        if file.name == STUDY:
+            continue
+        try:
+            content = read_json(file)
+            values = {key: content[key] for key in ("student", "arm", "epochs", "seed", "cpu_s", "results")}
+        except (KeyError, ValueError, TypeError) as error:
+            raise StudyError(f"{file} is no collected run: {error!r}.") from error
+        batches = content.get("batches")
+        records.append(Record(data=content.get("data", folder.name), batches=batches, **values))
+    if not records:
+        raise StudyError(f"{folder} holds no collected run.")
+    return study, records
+
+
+def group_records(records: Sequence[Record], order: Sequence[str] = (), baseline: str = "alone") -> list[Group]:
+    """The records by data set and student; arms in the given order, then by name.
+
+    Raises:
+        StudyError: an arm has two runs with one seed.
+    """
+    teachers = {record.data: record for record in records if record.arm == TEACHER}
+    groups = []
+    for data, student in sorted({(r.data, r.student) for r in records if r.arm not in (TEACHER, PRETRAIN)}):
+        mine = [r for r in records if (r.data, r.student) == (data, student) and r.arm not in (TEACHER, PRETRAIN)]
+        names = sorted({record.arm for record in mine}, key=lambda name: (_place(name, order), name))
+        arms = []
+        for name in names:
+            runs = tuple(sorted((record for record in mine if record.arm == name), key=lambda record: record.seed))
+            if len({run.seed for run in runs}) < len(runs) or len({run.epochs for run in runs}) > 1:
+                raise StudyError(f"{data}, {student}, {name}: runs with equal seeds or different epochs; collect anew.")
+            arms.append(Arm(name, runs[0].epochs, runs))
+        base = next((arm for arm in arms if arm.name == baseline), None)
+        groups.append(Group(data, student, tuple(arms), base, teachers.get(data)))
+    return groups
+
+
+def markdown(study: dict[str, Any], groups: Sequence[Group], name: str) -> str:
+    """All tables of a study."""
+    baseline = study.get("baseline", "alone")
+    lines = [f"# {study.get('name', name)}", ""]
+    lines += [study["about"], ""] if study.get("about") else []
+    lines += [
+        "mAP50-95 by pycocotools of the last weights, per cent: mean ± standard deviation over the seeds. Difference: to "
+        f"`{baseline}` with the same seed, its mean and 95 % t-interval. Gap: the difference as a share of what the "
+        f"teacher is above `{baseline}`. CPU: seconds of the training as a multiple of `{baseline}`'s.",
+        "",
+    ]
+    for group in groups:
+        for split in group.splits():
+            lines += [f"## {group.data}, {group.student}: {split}", "", *_main_table(group, split), ""]
+            lines += _class_table(group, split)
+            lines += [f"![{group.data}, {group.student}, {split}]({picture(group, split)})", ""]
+        lines += [_batch_note(group), ""] if _batch_note(group) else []
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def picture(group: Group, split: str) -> str:
+    """File name of a group's plot."""
+    return f"{group.data}-{group.student}-{split}.png"
+
+
+def write_tables(folder: Path) -> str:
+    """Write ``tables.md`` and the plots into a folder of collected results; returns the Markdown."""
+    from fgd_hooks.study.plot import draw_group
+
+    study, records = read_records(folder)
+    groups = group_records(records, study.get("arms", ()), study.get("baseline", "alone"))
+    text = markdown(study, groups, folder.name)
+    (folder / "tables.md").write_text(text, encoding="utf-8")
+    for group in groups:
+        for split in group.splits():
+            draw_group(group, split, folder / picture(group, split))
+    return text
+
+
+def _place(name: str, order: Sequence[str]) -> int:
+    return list(order).index(name) if name in order else len(order)
+
+
+def _main_table(group: Group, split: str) -> list[str]:
+    headings = ("arm", "epochs", "seeds", "mAP50-95", "difference", "95 % interval", "gap", "CPU")
+    rows = []
+    for arm in group.arms:
+        values, gain, closed, cost = arm.values(split), group.gain(arm, split), group.closed(arm, split), group.cost(arm)
+        if not values:
+            continue
+        rows.append(
+            (
+                arm.name,
+                str(arm.epochs),
+                ", ".join(map(str, values)),
+                spread(list(values.values())),
+                "" if gain is None else f"{gain.mean:+.1f}",
+                "" if gain is None else interval_text(gain),
+                "" if closed is None else f"{100 * closed:.0f} %",
+                "" if cost is None else f"{cost:.2f}",
+            )
+        )
+    value = group.teacher.value(split) if group.teacher else None
+    if group.teacher is not None and value is not None:
+        epochs = str(group.teacher.epochs or "")
+        rows.append((f"teacher ({group.teacher.student})", epochs, "", f"{value:.1f}", "", "", "", ""))
+    return markdown_table(headings, rows)
+
+
+def interval_text(gain: Interval) -> str:
+    """``+0.7 .. +5.1``; ``one seed`` where there is no interval."""
+    return "one seed" if gain.half is None else f"{gain.low:+.1f} .. {gain.high:+.1f}"
+
+
+def _class_table(group: Group, split: str) -> list[str]:
+    """Mean AP of each class by arm; nothing for a single class, or for more than a table holds."""
+    found = [run.results[split]["per_class"] for arm in group.arms for run in arm.runs if split in run.results]
+    names = [entry["name"] for entry in found[0]]
+    if not 1 < len(names) <= MAX_CLASSES:
+        return []
+    rows = []
+    for arm in group.arms:
+        runs = [run for run in arm.runs if split in run.results]
+        cells = [arm.name]
+        for name in names:
+            entries = [entry for run in runs for entry in run.results[split]["per_class"] if entry["name"] == name]
+            values = [100 * entry["map50_95"] for entry in entries if entry["map50_95"] is not None]
+            cells.append(f"{statistics.fmean(values):.1f}" if values else "-")
+        if runs:
+            rows.append(cells)
+    return [*markdown_table(("mAP50-95 by class", *names), rows), ""]
+
+
+def _batch_note(group: Group) -> str:
+    """Whether all arms of as many epochs were fed the same batches; nothing where that was not recorded."""
+    if group.baseline is None or any(run.batches is None for arm in group.arms for run in arm.runs):
+        return ""
+    base = {run.seed: run.batches for run in group.baseline.runs}
+    same = [arm for arm in group.arms if arm.epochs == group.baseline.epochs]
+    other = [arm.name for arm in same if any(run.batches != base.get(run.seed, run.batches) for run in arm.runs)]
+    if other:
+        return f"Not fed the same batches as `{group.baseline.name}`: {', '.join(other)}."
+    return "All arms of equal epochs were fed the same batches, pixel by pixel (compared by checksum)."
