@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from fgd_hooks import Distiller
-from fgd_hooks.config import ConfigError, FGDConfig, config_to_dict, known_keys, load_config
+from fgd_hooks.config import ConfigError, FGDConfig, config_to_dict, load_config
 from fgd_hooks.integrations.ultralytics_run import TrainingRun
+from fgd_hooks.schema import known_keys
 from fgd_hooks.sidefile import SideFileError, read_side_file, write_side_file
 from tests.tiny import TinyDetector, batch, trained
 
@@ -34,7 +35,7 @@ def fuzz(cases, strategy, check):
 
 NUMBERS = st.one_of(st.integers(), st.floats(), st.sampled_from([10**400, -(10**4000), 0, 1, 0.5]))
 PLAIN = st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=8), st.binary(max_size=3))
-KEYS = st.one_of(st.sampled_from([*known_keys(), "ratio", "mode", "options", "name"]), st.text(max_size=6))
+KEYS = st.one_of(st.sampled_from([*known_keys(FGDConfig), "ratio", "mode", "options", "name"]), st.text(max_size=6))
 VALUES = st.recursive(
     PLAIN, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(KEYS, inner, max_size=3)), max_leaves=8
 )

@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 from fgd_hooks import load_config
-from fgd_hooks.config import known_keys
+from fgd_hooks.config import FGDConfig
+from fgd_hooks.schema import known_keys
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,7 +44,7 @@ def test_the_readmes_table_of_settings_names_existing_keys_and_their_defaults():
         for number, key in enumerate(keys):
             section = key.rpartition(".")[0] or section
             full = f"{section}{key}" if key.startswith(".") else key
-            assert full in known_keys(), full
+            assert full in known_keys(FGDConfig), full
             if len(keys) == len(defaults):
                 value = load_config()
                 for name in full.split("."):
