@@ -18,6 +18,7 @@ from fgd_hooks.losses.base import (
     pack_boxes,
     register_loss,
 )
+from fgd_hooks.losses.compiled import Choice
 from fgd_hooks.losses.context import GcBlock
 from fgd_hooks.losses.fused import fused_terms
 from fgd_hooks.masks import Canvas, PackedBoxes, box_masks
@@ -58,6 +59,8 @@ class FGDLoss(FeatureLoss):
         fused: compute with :mod:`fgd_hooks.losses.fused`: several times faster, a fraction of the memory, the same
             numbers. False means plain PyTorch operations, which are also what ``torch.compile`` gets to see and what
             ``create_graph=True`` differentiates a second time.
+        compiled: run the fused function's heavy passes through ``torch.compile``: True, False, or None, which on a GPU
+            times both ways after some steps and keeps the faster one (:mod:`fgd_hooks.losses.compiled`).
 
     Raises:
         ValueError: channels below 2, a temperature that is not positive, a weight that is negative or not finite.
@@ -74,6 +77,7 @@ class FGDLoss(FeatureLoss):
         gamma: float = 5e-4,
         lambda_: float = 5e-6,
         fused: bool = True,
+        compiled: bool | None = None,
     ) -> None:
         super().__init__()
         check_temperature(temperature)
@@ -82,6 +86,7 @@ class FGDLoss(FeatureLoss):
         self.temperature = temperature
         self.alpha, self.beta, self.gamma, self.lambda_ = alpha, beta, gamma, lambda_
         self.fused = fused
+        self.choice = Choice(compiled)
         self.student_context = GcBlock(channels)
         self.teacher_context = GcBlock(channels)
 
@@ -128,8 +133,11 @@ class FGDLoss(FeatureLoss):
         else:
             masks = (student.new_zeros((n, height, width), dtype=dtype),) * 2
         blocks = self.student_context.weights(), self.teacher_context.weights()
-        compute = fused_terms if self.fused and not torch.compiler.is_compiling() else plain_terms
-        loss, parts, raw = compute(student, teacher, *masks, *blocks, self.temperature, weights)
+        arguments = (student, teacher, *masks, *blocks, self.temperature, weights)
+        if self.fused and not torch.compiler.is_compiling():
+            loss, parts, raw = fused_terms(*arguments, self.choice)
+        else:
+            loss, parts, raw = plain_terms(*arguments)
         return LossResult(
             dict(zip(self.part_names, parts, strict=True)), dict(zip(self.part_names, raw, strict=True)), loss
         )

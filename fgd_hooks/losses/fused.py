@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from fgd_hooks.losses.attention import Terms, Weights, no_autocast, plain_terms
+from fgd_hooks.losses.compiled import AS_THEY_ARE, Choice, Passes
 from fgd_hooks.losses.context import transform, transform_backward
-from fgd_hooks.losses.fused_steps import Blocks, Context, Factors, Group, backward_group, forward_group
+from fgd_hooks.losses.fused_steps import Blocks, Context, Factors, Group
 
 # Elements of a feature handled at once. The images of a group share the arithmetic on vectors and maps; an image above
 # the limit is a group of its own and read in chunks of channels.
@@ -41,10 +42,32 @@ def fused_terms(
     teacher_block: Sequence[Tensor],
     temperature: float,
     weights: Weights,
+    choice: Choice | None = None,
 ) -> Terms:
-    """What :func:`plain_terms` computes, from the same arguments; each result may be differentiated on its own."""
+    """What :func:`plain_terms` computes, from the same arguments; each result may be differentiated on its own.
+
+    Args:
+        student: (N, C, H, W), as all further ones in :func:`plain_terms`.
+        teacher: (N, C, H, W).
+        foreground: (N, H, W).
+        background: (N, H, W).
+        student_block: weights of the student's context block.
+        teacher_block: weights of the teacher's.
+        temperature: T.
+        weights: of the four terms.
+        choice: whether the heavy passes run compiled; None: as they are.
+    """
+    blocks = (*student_block, *teacher_block)
+
+    def trial(passes: Passes) -> None:
+        own = [each.detach().requires_grad_() for each in (student, *blocks)]
+        with torch.enable_grad():
+            loss = _FusedTerms.apply(own[0], teacher, foreground, background, temperature, weights, passes, *own[1:])[0]  # type: ignore[no-untyped-call]
+            torch.autograd.grad(loss, own, allow_unused=True)
+
+    passes = AS_THEY_ARE if choice is None else choice.passes(student, trial)
     loss, *each = _FusedTerms.apply(  # type: ignore[no-untyped-call]
-        student, teacher, foreground, background, temperature, weights, *student_block, *teacher_block
+        student, teacher, foreground, background, temperature, weights, passes, *blocks
     )
     return loss, tuple(each[:4]), tuple(each[4:])
 
@@ -61,17 +84,18 @@ class _FusedTerms(torch.autograd.Function):
         background: Tensor,
         temperature: float,
         weights: Weights,
+        passes: Passes,
         *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(student, teacher, foreground, background, *parameters)
-        ctx.temperature, ctx.weights = temperature, weights
+        ctx.temperature, ctx.weights, ctx.passes = temperature, weights, passes
         ctx.kept, ctx.transformed, ctx.shift = [], (), None  # vectors and maps, no input and no result among them
         blocks = _blocks(parameters, foreground.dtype)
         sums: list[Tensor] = []
         with no_autocast(student.device):
-            for group in _groups(student, teacher, foreground, background):
-                terms, kept = forward_group(group, temperature, weights, blocks)
+            for group in _groups(student, teacher, foreground, background, passes):
+                terms, kept = passes.forward(group, temperature, weights, blocks)
                 sums = _add_each(sums, terms)
                 ctx.kept.append(kept)
             if weights.context:
@@ -102,15 +126,16 @@ class _FusedTerms(torch.autograd.Function):
             if factors.context is not None:
                 blocks = _blocks(parameters, foreground.dtype)
                 context, by_parameters = _context(ctx, factors.context, foreground[0].numel(), blocks)
-            for kept, group in zip(ctx.kept, _groups(student, teacher, foreground, background), strict=True):
+            groups = _groups(student, teacher, foreground, background, ctx.passes)
+            for kept, group in zip(ctx.kept, groups, strict=True):
                 alone = len(ctx.kept) == 1
                 of_group = context if alone or context is None else context.of(group.images)
                 into = flat if alone or flat is None else flat[group.images]
-                found = backward_group(group, kept, factors, ctx.temperature, of_group, into)
+                found = ctx.passes.backward(group, kept, factors, ctx.temperature, of_group, into)
                 by_wk = _add_each(by_wk, found)
             if by_wk:
                 by_parameters[0], by_parameters[len(parameters) // 2] = by_wk
-        return (by_student, None, None, None, None, None, *by_parameters)
+        return (by_student, None, None, None, None, None, None, *by_parameters)
 
 
 def _differentiable_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -125,7 +150,7 @@ def _differentiable_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[
     outputs, incoming = zip(*asked, strict=True)
     found = iter(torch.autograd.grad(outputs, inputs, incoming, create_graph=True, allow_unused=True))
     by_student, *by_parameters = (next(found) if x.requires_grad else None for x in (student, *parameters))
-    return (by_student, None, None, None, None, None, *by_parameters)
+    return (by_student, None, None, None, None, None, None, *by_parameters)
 
 
 def _context(ctx: Any, factor: Tensor, cells: int, blocks: Blocks) -> tuple[Context, list[Tensor | None]]:
@@ -141,7 +166,9 @@ def _context(ctx: Any, factor: Tensor, cells: int, blocks: Blocks) -> tuple[Cont
     return Context(scale, ctx.offset, tuple(by_pooled), columns), by_weights
 
 
-def _groups(student: Tensor, teacher: Tensor, foreground: Tensor, background: Tensor) -> Iterator[Group]:
+def _groups(
+    student: Tensor, teacher: Tensor, foreground: Tensor, background: Tensor, passes: Passes
+) -> Iterator[Group]:
     """The batch in groups of images of a size that suits the device."""
     flat = (student.flatten(2), teacher.flatten(2), foreground.flatten(1), background.flatten(1))
     n, c, p = flat[0].shape
@@ -149,7 +176,7 @@ def _groups(student: Tensor, teacher: Tensor, foreground: Tensor, background: Te
     chunks = _cut(c, max(1, limit // p))
     groups = _cut(n, max(1, limit // (c * p)))
     scratch: list[Tensor] = []
-    if student.device.type == "cpu" and all(tensor.is_contiguous() for tensor in flat[:2]):
+    if passes is AS_THEY_ARE and student.device.type == "cpu" and all(tensor.is_contiguous() for tensor in flat[:2]):
         # Fresh memory for every step costs the CPU more, in page faults, than the step itself.
         of_piece = groups[0].stop * chunks[0].stop * p
         scratch = [foreground.new_empty(of_piece) for _ in range(2)]

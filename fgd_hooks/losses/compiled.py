@@ -1,0 +1,108 @@
+"""The fused loss's heavy passes through ``torch.compile``, where a trial in the running training shows that it pays.
+
+On a GPU the passes of :mod:`fgd_hooks.losses.fused_steps` are bound by memory: each of their dozen operations reads and
+writes the whole feature, which compiled code does in a few sweeps. How much that gives depends on the card, on torch
+and on the level's size. So nothing is assumed: when a level has been seen ``TRIED_AT`` times in one size, both ways are
+timed on its own tensors, and the faster one is used from then on. A compiler that is missing or fails leaves all as it
+was.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fgd_hooks.losses.fused_steps import backward_group, forward_group
+
+logger = logging.getLogger("fgd_hooks")
+
+TRIED_AT = 20  # uses: a size that comes by chance, in a multi-scale training, is not worth compiling for
+REPEATS = 5
+PAYS = 0.95  # of the time as it is
+BACKEND = "inductor"
+
+
+class Passes(NamedTuple):
+    """One way to run the two heavy passes over a group of images."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
+AS_THEY_ARE = Passes(forward_group, backward_group)
+
+
+@functools.cache
+def compiled_passes(backend: str = "inductor") -> Passes:
+    """The same passes compiled, for each size that they meet."""
+    both = (torch.compile(each, backend=backend, dynamic=False) for each in (forward_group, backward_group))
+    return Passes(*both)
+
+
+class Choice:
+    """Which passes one level's loss uses; plain numbers, so that it can be copied and pickled.
+
+    Args:
+        wanted: True: compiled, False: as they are, None: what a trial says, on a GPU; elsewhere as they are.
+    """
+
+    def __init__(self, wanted: bool | None) -> None:
+        self.wanted = wanted
+        self.uses: dict[tuple[Any, ...], int] = {}
+        self.found: dict[tuple[Any, ...], bool] = {}
+
+    def passes(self, feature: Tensor, trial: Callable[[Passes], object]) -> Passes:
+        """The passes to use for a feature (N, C, H, W).
+
+        Args:
+            feature: of the level.
+            trial: runs forward and backward once with the given passes, on tensors of its own.
+        """
+        wanted = self.wanted
+        if wanted is None and feature.device.type == "cuda":
+            wanted = self._tried(feature, trial)
+        return compiled_passes(BACKEND) if wanted else AS_THEY_ARE
+
+    def _tried(self, feature: Tensor, trial: Callable[[Passes], object]) -> bool:
+        kind = (tuple(feature.shape), feature.dtype, feature.stride())
+        if kind in self.found:
+            return self.found[kind]
+        self.uses[kind] = uses = self.uses.get(kind, 0) + 1
+        if uses < TRIED_AT:
+            return False
+        self.found[kind] = faster(trial, feature.device)
+        return self.found[kind]
+
+
+def faster(trial: Callable[[Passes], object], device: torch.device) -> bool:
+    """Whether compiled passes take less time; False if they cannot be compiled or run."""
+    try:
+        compiled = compiled_passes(BACKEND)
+        trial(compiled)  # compiles
+        times: dict[Passes, list[float]] = {compiled: [], AS_THEY_ARE: []}
+        for _ in range(REPEATS):
+            for passes, spent in times.items():
+                spent.append(seconds(trial, passes, device))
+    except Exception as error:  # whatever a compiler says; the passes as they are need none
+        logger.debug("The loss's passes are not compiled: %s", " ".join(str(error).split())[:300])
+        return False
+    new, old = min(times[compiled]), min(times[AS_THEY_ARE])
+    logger.debug("The loss's passes: %.3f ms as they are, %.3f ms compiled.", 1e3 * old, 1e3 * new)
+    return new < PAYS * old
+
+
+def seconds(trial: Callable[[Passes], object], passes: Passes, device: torch.device) -> float:
+    """The time of one trial, waited for on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    trial(passes)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
