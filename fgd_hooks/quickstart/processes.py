@@ -78,7 +78,8 @@ class _Running:
             return False
         if code or not (Path(self.job.folder) / "summary.json").is_file():
             raise QuickstartError(
-                f"the training '{self.job.name}' failed (exit code {code}). The end of {self.log}:\n{log_tail(self.log)}"
+                f"the training '{self.job.name}' failed (exit code {code}). "
+                f"The end of {self.log}:\n{log_tail(self.log)}"
             )
         total = self.job.epochs
         self.progress.update(self.line, completed=float(total), note=f"epoch {total}/{total}")

@@ -1,8 +1,8 @@
 """FGD with single pieces switched off or exchanged, for ablations: the loss ``fgd_ablation``.
 
 Plain operations, without the fused loss's speed. With nothing switched it is :class:`fgd_hooks.losses.FGDLoss`. The
-weights alone switch off whole terms (``beta: 0`` leaves the foreground); what they cannot do is here. Import this module
-to register the loss; the runs of a study do so.
+weights alone switch off whole terms (``beta: 0`` leaves the foreground); what they cannot do is here. Importing this
+module registers the loss; the runs of a study do so.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ RELATIONS = ("gc", "nonlocal", "identity")
 
 
 class NonLocalBlock(nn.Module):
-    """Adds to every cell what all cells say to it (the embedded Gaussian block of arXiv 1711.07971, its Eq. 1, 4 and 6).
+    """Adds to every cell what all cells say to it: the embedded Gaussian block of arXiv 1711.07971, Eq. 1, 4 and 6.
 
         R(F)_i = F_i + W_z sum_j softmax_j(theta(F_i) . phi(F_j)) g(F_j)
 
-    theta, phi and g are 1x1 convolutions to C // 2 channels; W_z starts at zero, so R is the identity at first. Time and
-    memory grow with the square of the number of cells.
+    theta, phi and g are 1x1 convolutions to C // 2 channels; W_z starts at zero, so R is the identity at first. Time
+    and memory grow with the square of the number of cells.
 
     Args:
         channels: C of the feature map, at least 2.
@@ -135,7 +135,8 @@ class AblationLoss(FGDLoss):
 
     def _masks(self, packed: PackedBoxes, feature: Tensor) -> tuple[Tensor, Tensor]:
         """What the cells weigh on the foreground and on the background, both (N, H, W)."""
-        foreground, background = box_masks(packed, *feature.shape[2:], feature.dtype)
+        height, width = feature.shape[2:]
+        foreground, background = box_masks(packed, height, width, feature.dtype)
         if self.scale == "boxes":
             return foreground, background
         inside = (foreground > 0).to(feature.dtype)

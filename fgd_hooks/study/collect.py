@@ -1,4 +1,4 @@
-"""Copy what the finished runs of a study found into a folder that can be kept: logs and numbers, no weights, no paths."""
+"""Copy what the finished runs of a study found into a folder to keep: logs and numbers, no weights and no paths."""
 
 from __future__ import annotations
 

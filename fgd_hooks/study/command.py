@@ -98,10 +98,7 @@ def study_command(arguments: argparse.Namespace) -> int:
 def _train(planner: Planner, arguments: argparse.Namespace) -> int:
     from fgd_hooks.study.runner import Runner
 
-    def end(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)  # so that the children are ended on the way out
-
-    signal.signal(signal.SIGTERM, end)
+    end_on_terminate()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limit = arguments.max_minutes
     runner = Runner(
@@ -124,6 +121,15 @@ def _train(planner: Planner, arguments: argparse.Namespace) -> int:
     for name, reason in runner.failed.items():
         print(f"failed: {name} ({reason})")
     return int(bool(runner.failed))
+
+
+def end_on_terminate() -> None:
+    """Leave this process by an exception when it is asked to end, so that the trainings are ended on the way out."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def _list(plan: Plan) -> None:
@@ -170,4 +176,3 @@ def _table(folder: Path) -> int:
 
     print(write_tables(folder))
     return 0
-

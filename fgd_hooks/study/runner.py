@@ -27,7 +27,7 @@ class Runner:
         jobs: how many run at a time.
         devices: as in Ultralytics; given out in turn.
         deadline: value of ``time.monotonic()`` after which no run is started; None: no limit.
-        command: the program; it is given the path of the job's file.
+        command: the program, by default the training; it is given the path of the job's file.
         say: where lines about the progress go.
     """
 
@@ -36,11 +36,11 @@ class Runner:
         jobs: int,
         devices: Sequence[str] = ("cpu",),
         deadline: float | None = None,
-        command: Sequence[str] = TRAIN,
+        command: Sequence[str] | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
         self.free = [devices[number % len(devices)] for number in range(jobs)]
-        self.deadline, self.command, self.say = deadline, command, say
+        self.deadline, self.command, self.say = deadline, command or TRAIN, say
         self.failed: dict[str, str] = {}
         """Folder's name -> why, of the runs that failed or that lack one that failed."""
         self._running: list[_Running] = []

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import fgd_hooks.study.ablation  # noqa: F401  (registers its loss)
 from fgd_hooks.config import ConfigError, load_config
+from fgd_hooks.lessons import check_names
 from fgd_hooks.registry import suggestion
 
 KINDS = ("alone", "builtin", "fgd")
@@ -250,11 +252,12 @@ def _check(spec: StudySpec, file: Path) -> None:
             require(fixed, f"{where}.compute must name an arm whose epochs are given, as must the baseline.")
         for each in arm.data or ():
             require(each in spec.data, f"{where}.data: there is no data set {each!r}. {suggestion(each, spec.data)}")
-        for each in (each for each in spec.data if arm.kind != "alone" and each in (arm.data or spec.data)):
+        compared = [each for each in arm.data or spec.data if spec.data[each].compare and arm.kind != "alone"]
+        for each in compared:
             require(spec.data[each].teacher is not None, f"{where} needs data.{each}.teacher.")
         if arm.kind == "fgd":
             try:
-                load_config(None, arm.fgd)
+                check_names(load_config(None, arm.fgd))
             except ConfigError as error:
                 raise StudyError(f"{file}: {where}.fgd: {error}") from error
     sections = [("train", spec.train), *((f"data.{k}.train", v.train) for k, v in spec.data.items())]

@@ -163,8 +163,8 @@ def markdown(study: dict[str, Any], groups: Sequence[Group], name: str) -> str:
     lines = [f"# {study.get('name', name)}", ""]
     lines += [study["about"], ""] if study.get("about") else []
     lines += [
-        "mAP50-95 by pycocotools of the last weights, per cent: mean ± standard deviation over the seeds. Difference: to "
-        f"`{baseline}` with the same seed, its mean and 95 % t-interval. Gap: the difference as a share of what the "
+        "mAP50-95 by pycocotools of the last weights, per cent: mean ± standard deviation over the seeds. Difference: "
+        f"to `{baseline}` with the same seed, its mean and 95 % t-interval. Gap: the difference as a share of what the "
         f"teacher is above `{baseline}`. CPU: seconds of the training as a multiple of `{baseline}`'s.",
         "",
     ]
@@ -204,9 +204,10 @@ def _main_table(group: Group, split: str) -> list[str]:
     headings = ("arm", "epochs", "seeds", "mAP50-95", "difference", "95 % interval", "gap", "CPU")
     rows = []
     for arm in group.arms:
-        values, gain, closed, cost = arm.values(split), group.gain(arm, split), group.closed(arm, split), group.cost(arm)
+        values = arm.values(split)
         if not values:
             continue
+        gain, closed, cost = group.gain(arm, split), group.closed(arm, split), group.cost(arm)
         rows.append(
             (
                 arm.name,

@@ -33,6 +33,7 @@ def job_of(run: Run, device: str) -> dict[str, Any]:
         "weights": str(run.weights),
         "teacher": str(run.teacher.weights) if run.teacher else None,
         "start": str(run.start.weights) if run.start else None,
+        "needs": [need.name for need in run.needs],
         "device": device,
     }
 
@@ -43,17 +44,14 @@ PATHS = ("model", "data_yaml", "weights", "teacher", "start", "device")
 
 def train(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train (unless the weights are given), measure the last weights on val and write ``result.json``."""
+    import torch
     from ultralytics import YOLO
     from ultralytics import __version__ as ultralytics_version
     from ultralytics.utils import SETTINGS as HOST
 
-    import torch
-
     from fgd_hooks import __version__
     from fgd_hooks.evaluate import evaluate
     from fgd_hooks.quickstart.train import BatchChecksum, silence_loggers
-
-    import fgd_hooks.study.ablation  # noqa: F401  (registers its losses)
 
     silence_loggers(HOST)
     checksum = BatchChecksum()

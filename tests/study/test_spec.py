@@ -1,0 +1,71 @@
+"""Study files: every mistake is named with its place, and the studies of the repository are sound."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fgd_hooks.study.spec import SETTINGS, StudyError, load_study
+from tests.study.studies import make_study
+
+STUDIES = sorted((Path(__file__).parents[2] / "configs" / "studies").glob("*.yaml"))
+DATA = {"a": {"yaml": "set/data.yaml", "teacher": {"weights": "t.pt"}}}
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_the_studies_of_the_repository(file):
+    spec = load_study(file)
+    assert spec.name == file.stem
+    assert spec.arms[spec.baseline].kind == "alone"
+    assert spec.about
+    assert "/work" not in file.read_text() and "/root" not in file.read_text()
+    # same budget and augmentation for all arms: none changes the host's settings or, but for equal compute, the epochs
+    assert all(not arm.train and arm.epochs is None for arm in spec.arms.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sedes": [1]}, "no key sedes. Did you mean 'seeds'"),
+        ({"data": {"a": {"yaml": "x", "teacher": {"wieghts": "t"}}}}, "data.a.teacher.wieghts. Did you mean 'weights'"),
+        ({"arms": {"x": {"kind": "fdg"}}}, "arms.x.kind is 'fdg'. Did you mean 'fgd'"),
+        ({"arms": {"x": {"fgd": {"balance": {"ration": 2}}}}}, "arms.x.fgd.*balance.ration.*'balance.ratio'"),
+        ({"arms": {"x": {"fgd": {"loss": {"name": "fgdd"}}}}}, "arms.x.fgd.*'fgdd'"),
+        ({"arms": {"x": {"kind": "alone", "fgd": {"weight": 2}}}}, "arms.x.fgd has no effect with kind alone"),
+        ({"arms": {"teacher": {"kind": "alone"}}}, "the name is taken"),
+        ({"arms": {"x": {"kind": "alone", "compute": "y"}}}, "arms.x.compute is no arm"),
+        ({"arms": {"x": {"kind": "alone", "train": {"seed": 3}}}}, "arms.x.train.seed is set by the study itself"),
+        ({"arms": {"x": {"kind": "alone", "data": ["b"]}}}, "there is no data set 'b'"),
+        ({"arms": {}}, "arms is empty"),
+        ({"data": {}}, "data is empty"),
+        ({"data": {"a": {"teacher": {"weights": "t"}}}}, "data.a needs either yaml or scenes"),
+        ({"data": {"a": {"yaml": "x"}}}, "arms.fgd needs data.a.teacher"),
+        ({"data": {"a": {"yaml": "x", "teacher": {"epochs": 3}}}}, "needs weights, or a model to train"),
+        ({"data": {"a": {**DATA["a"], "fraction": 0}}}, "data.a.fraction is 0"),
+        ({"seeds": [1, 1]}, "seeds are"),
+        ({"epochs": "many"}, "epochs"),
+        ({"name": "a/b"}, "expected a folder's name"),
+        ({"student": {"pretrain": {"data": "b"}}}, "no data set 'b'"),
+    ],
+)
+def test_mistakes(tmp_path, changes, said):
+    with pytest.raises(StudyError, match=said):
+        load_study(make_study(tmp_path, **{"data": DATA, **changes}))
+
+
+def test_a_missing_file_and_no_yaml(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_study(tmp_path / "nowhere.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(StudyError, match="bad.yaml"):
+        load_study(tmp_path / "bad.yaml")
+
+
+def test_a_set_for_pretraining_alone_needs_no_teacher(tmp_path):
+    data = {**DATA, "b": {"yaml": "x", "compare": False}}
+    assert not load_study(make_study(tmp_path, data=data)).data["b"].compare
+
+
+def test_common_settings_validate_after_the_last_epoch_only():
+    assert SETTINGS["val"] is False and SETTINGS["patience"] == 0

@@ -1,0 +1,124 @@
+"""The tables from collected records: by hand, and those of the repository's BCCD study."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fgd_hooks.study.spec import StudyError
+from fgd_hooks.study.tables import group_records, markdown, read_records, write_tables
+
+BCCD = Path(__file__).parents[2] / "docs" / "results" / "bccd"
+
+
+def write(folder: Path, arm: str, seed: int, value: float, *, cpu: float = 10.0, test: float | None = None, **more):
+    folder.mkdir(exist_ok=True)
+    results = {"val": {"map50_95": value, "per_class": [{"name": "a", "map50_95": value}]}}
+    if test is not None:
+        results["test"] = {"map50_95": test, "per_class": [{"name": "a", "map50_95": test}]}
+    content = {"data": "d", "student": "n", "arm": arm, "epochs": 5, "seed": seed, "cpu_s": cpu, "results": results}
+    (folder / f"{arm}-{seed}.json").write_text(json.dumps({**content, **more}))
+
+
+def only_group(folder: Path, **options):
+    (group,) = group_records(read_records(folder)[1], **options)
+    return group, {arm.name: arm for arm in group.arms}
+
+
+def test_gain_gap_and_cost_by_hand(tmp_path):
+    for seed, (alone, fgd) in enumerate([(0.40, 0.41), (0.42, 0.44), (0.44, 0.50)]):
+        write(tmp_path, "alone", seed, alone, cpu=10)
+        write(tmp_path, "fgd", seed, fgd, cpu=20 + seed)
+    write(tmp_path, "teacher", 0, 0.52)
+    group, arms = only_group(tmp_path)
+    gain = group.gain(arms["fgd"], "val")
+    assert gain.mean == pytest.approx(3.0)  # of 1, 2 and 6 points
+    assert gain.half == pytest.approx(4.302653 * math.sqrt(7 / 3), rel=1e-6)
+    assert group.closed(arms["fgd"], "val") == pytest.approx(3.0 / 10.0)  # the teacher is 10 above the mean of 42
+    assert group.cost(arms["fgd"]) == pytest.approx(2.1)
+    assert group.gain(arms["alone"], "val") is None
+    text = markdown({}, [group], "x")
+    assert "| fgd | 5 | 0, 1, 2 | 45.0 ± 4.6 | +3.0 | -3.6 .. +9.6 | 30 % | 2.10 |" in text
+    assert "| alone | 5 | 0, 1, 2 | 42.0 ± 2.0 |  |  |  | 1.00 |" in text
+    assert "| teacher (n) | 5 |  | 52.0 |" in text
+
+
+def test_only_common_seeds_are_paired(tmp_path):
+    write(tmp_path, "alone", 0, 0.40)
+    write(tmp_path, "alone", 1, 0.90)
+    write(tmp_path, "fgd", 0, 0.43)
+    write(tmp_path, "fgd", 2, 0.10)
+    group, arms = only_group(tmp_path)
+    gain = group.gain(arms["fgd"], "val")
+    assert (gain.mean, gain.half, gain.count) == (pytest.approx(3.0), None, 1)
+    assert "+3.0 | one seed" in markdown({}, [group], "x")
+
+
+def test_without_a_baseline_or_a_teacher_there_is_no_difference(tmp_path):
+    write(tmp_path, "fgd", 0, 0.4)
+    group, arms = only_group(tmp_path)
+    assert (group.gain(arms["fgd"], "val"), group.closed(arms["fgd"], "val"), group.cost(arms["fgd"])) == (None,) * 3
+
+
+def test_order_of_the_arms_and_another_baseline(tmp_path):
+    for arm in ("a", "b", "c"):
+        write(tmp_path, arm, 0, 0.3)
+    group, arms = only_group(tmp_path, order=["c", "a"], baseline="c")
+    assert list(arms) == ["c", "a", "b"]
+    assert group.baseline is arms["c"]
+
+
+def test_test_is_shown_where_it_was_measured(tmp_path):
+    write(tmp_path, "alone", 0, 0.3, test=0.2)
+    write(tmp_path, "fgd", 0, 0.3)
+    group, _ = only_group(tmp_path)
+    assert group.splits() == ["val", "test"]
+    assert "| fgd |" not in markdown({}, [group], "x").split("## d, n: test")[1]
+
+
+@pytest.mark.parametrize(("other", "said"), [(7, "All arms of equal epochs were fed"), (8, "Not fed the same")])
+def test_batches_are_compared(tmp_path, other, said):
+    write(tmp_path, "alone", 0, 0.3, batches=7)
+    write(tmp_path, "fgd", 0, 0.3, batches=other)
+    assert said in markdown({}, [only_group(tmp_path)[0]], "x")
+
+
+def test_doubtful_folders(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        read_records(tmp_path / "nowhere")
+    with pytest.raises(StudyError, match="no collected run"):
+        read_records(tmp_path)
+    (tmp_path / "bad.json").write_text('{"arm": "x"}')
+    with pytest.raises(StudyError, match=r"bad\.json"):
+        read_records(tmp_path)
+    (tmp_path / "bad.json").unlink()
+    write(tmp_path, "fgd", 0, 0.3)
+    shutil.copy(tmp_path / "fgd-0.json", tmp_path / "again.json")
+    with pytest.raises(StudyError, match="equal seeds"):
+        group_records(read_records(tmp_path)[1])
+
+
+def test_bccd_is_rebuilt_from_the_repository(tmp_path):
+    folder = tmp_path / "bccd"
+    shutil.copytree(BCCD, folder)
+    text = write_tables(folder)
+    page = (BCCD.parent / "bccd.md").read_text(encoding="utf-8")
+    assert "| yolo26-half | fgd | 45 | 45.0 ± 0.4 (45.0, 44.6, 45.3) | 44.9 ± 1.1 (46.0, 43.8, 44.8) | 53.5" in page
+    half_val, half_test, n_val, n_test = (part for part in text.split("\n## ")[1:])
+    assert half_val.startswith("bccd, yolo26-half: val")
+    assert "| fgd | 45 | 0, 1, 2 | 45.0 ± 0.4 | +4.0 |" in half_val
+    assert "| fgd | 45 | 0, 1, 2 | 44.9 ± 1.1 | +4.4 |" in half_test
+    assert "| fgd | 53.5 | 69.9 | 11.1 |" in half_test
+    assert "| builtin | 45 | 0, 1, 2 | 42.3 ± 1.3 |" in half_val
+    assert "| alone-samecompute | 67 | 0, 1, 2 | 44.3 ± 1.2 |" in half_val
+    assert "| fgd | 45 | 0, 1, 2 | 48.2 ± 0.3 |" in n_val
+    assert "| fgd | 45 | 0, 1, 2 | 48.9 ± 0.8 |" in n_test
+    assert (folder / "tables.md").read_text(encoding="utf-8") == text
+    picture = np.asarray(Image.open(folder / "bccd-yolo26-half-val.png").convert("RGB"))
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
