@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fgd_hooks.adapters import create_adapter, list_adapters, register_adapter
 from fgd_hooks.config import ConfigError, FGDConfig, load_config, save_config
 from fgd_hooks.distiller import Distilled, Distiller, PerTeacher
+from fgd_hooks.findings import Finding, Report
 from fgd_hooks.losses import (
     FGDLoss,
     ImitationLoss,
@@ -33,6 +34,7 @@ __all__ = [
     "FGDConfig",
     "FGDLoss",
     "FeatureTaps",
+    "Finding",
     "ImitationLoss",
     "Inheritance",
     "Level",
@@ -40,6 +42,7 @@ __all__ = [
     "LossResult",
     "PairingError",
     "PerTeacher",
+    "Report",
     "Tap",
     "TapError",
     "TeacherError",

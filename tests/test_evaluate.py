@@ -106,6 +106,22 @@ def test_perfect_detector_is_perfect_in_both_formats_and_in_both_measures(data: 
         assert (result.images, result.boxes, result.detections, result.imgsz) == (3, 5, 5, 96)
 
 
+@pytest.mark.parametrize(("limit", "boxes"), [(1, 2), (2, 3), (3, 5), (9, 5), (None, 5)])
+def test_a_limit_takes_evenly_spread_images(data: Path, limit: int | None, boxes: int) -> None:
+    """Of the three images (2, 1 and 2 boxes) the first; the first and the second; all."""
+    result = evaluate(make_detector(), data / "data.yaml", imgsz=96, batch=2, device="cpu", limit=limit)
+    assert (result.images, result.boxes) == (min(limit or 3, 3), boxes)
+    assert result.map50 == pytest.approx(1.0)
+
+
+def test_a_limit_that_leaves_nothing_is_explained(data: Path) -> None:
+    with pytest.raises(DataError, match="limit is 0; expected a number of images, 1 or more"):
+        evaluate(make_detector(), data / "data.yaml", imgsz=96, device="cpu", limit=0)
+    (data / "labels" / "val" / "0.txt").write_text("")
+    with pytest.raises(DataError, match="1 of 3 images, evenly spread, have no box; raise the limit"):
+        evaluate(make_detector(), data / "data.yaml", imgsz=96, device="cpu", limit=1)
+
+
 def test_agrees_with_model_val(data: Path, tmp_path: Path) -> None:
     # 1.4 times too wide: IoU 0.71, a hit at five of ten thresholds, unless the image's border cuts the box.
     yolo = make_detector(wider=1.4)

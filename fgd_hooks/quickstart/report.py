@@ -92,7 +92,10 @@ class Comparison:
             fgd=tuple(Run.from_summary(s) for s in fgd),
             settings={
                 "teacher": {k: teacher["job"][k] for k in ("model", "epochs")},
-                "student": {k: alone[0]["job"][k] for k in ("model", "epochs", "imgsz", "batch", "lr")},
+                "student": {
+                    **{k: alone[0]["job"][k] for k in ("epochs", "imgsz", "batch", "lr")},
+                    "model": Path(alone[0]["job"]["model"]).name,  # not where it lies on this machine
+                },
                 "images": teacher["metrics"]["images"],
             },
         )
