@@ -88,6 +88,7 @@ def load_yolo(model: str) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file, and Ultralytics knows no download of that name.
+        ModelNameError: a yaml file that describes no model.
     """
     import ultralytics
     from ultralytics.nn.tasks import yaml_model_load
@@ -95,9 +96,10 @@ def load_yolo(model: str) -> Any:
     try:
         name = "YOLO"
         if Path(model).suffix in (".yaml", ".yml"):
-            layers = yaml_model_load(model).get("head") or [[None]]
-            head = str(layers[-1][-2:][0])
-            name = next((made for prefix, made in HEADS.items() if head.startswith(prefix)), name)
+            layers = yaml_model_load(model).get("head")
+            if not (isinstance(layers, list) and layers and isinstance(layers[-1], list) and len(layers[-1]) == 4):
+                raise ModelNameError(f"{model!r} describes no model: it has no list 'head' of layers (a data yaml?).")
+            name = next((made for prefix, made in HEADS.items() if str(layers[-1][2]).startswith(prefix)), name)
         return getattr(ultralytics, name)(model)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"The model file {model!r} does not exist, and no download has that name.") from error

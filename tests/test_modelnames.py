@@ -3,8 +3,9 @@ import sys
 import pytest
 import torch
 
-from fgd_hooks.modelnames import ModelNameError, load_model
+from fgd_hooks.modelnames import ModelNameError, load_model, load_yolo
 from fgd_hooks.pyramid import find_levels
+from tests.conftest import TINY, architecture
 
 FACTORIES = """
 from tests.integrations.tiny_detectors import retinanet
@@ -60,6 +61,34 @@ def test_a_torchvision_detector_of_ones_own_is_measured_behind_its_resizing():
 def test_a_yolo_file():
     pytest.importorskip("ultralytics")
     assert levels("yolo26n.yaml", 64) == [(8, 64), (16, 128), (32, 256)]
+
+
+CLASSES = {
+    "yolov8n-rtdetr.yaml": "RTDETR",
+    "yolov8s-worldv2.yaml": "YOLOWorld",
+    "yoloe-11s-seg.yaml": "YOLOE",
+    "yolo26n-obb.yaml": "YOLO",
+}
+
+
+@pytest.mark.parametrize(("name", "expected"), CLASSES.items())
+def test_a_yolo_yaml_is_built_by_the_class_of_its_head(tmp_path, name, expected):
+    """Whatever the file is called; and so are weights made from it."""
+    pytest.importorskip("ultralytics")
+    scale = "s" if "s-" in name else "n"
+    own = architecture(tmp_path, name, {scale: TINY["n"]})
+    own = own.rename(own.with_name(f"mine{len(name)}{scale}.yaml"))  # not a word of the family in it
+    yolo = load_yolo(str(own))
+    assert type(yolo).__name__ == expected
+    yolo.save(str(tmp_path / "rtdetr-taught.pt"))
+    assert type(load_yolo(str(tmp_path / "rtdetr-taught.pt"))).__name__ == expected
+
+
+def test_a_yaml_without_a_head_is_no_model(tmp_path):
+    pytest.importorskip("ultralytics")
+    (tmp_path / "data.yaml").write_text("train: images\n")
+    with pytest.raises(ModelNameError, match=r"data\.yaml.*'head'"):
+        load_yolo(str(tmp_path / "data.yaml"))
 
 
 def test_a_backbone_of_timm():

@@ -148,7 +148,7 @@ def check_quality(teacher: str, student: str | None, data: str, settings: dict[s
     try:
         result = evaluate(teacher, data, limit=EVALUATED, **settings)
     except (DataError, ModuleNotFoundError) as error:  # the latter: YOLO-World and YOLOE without their text encoder
-        mend = "Well if the teacher was trained on other classes; else train it on this data and look at its mAP."
+        mend = "Well if the teacher has other classes or another task; else train it on this data and look at its mAP."
         return Finding("yellow", name, f"It could not be measured: {error}.", mend)
     theirs = result.map50_95 or 0.0  # None only where the images have no box, which evaluate() refuses
     values = {"teacher": theirs}

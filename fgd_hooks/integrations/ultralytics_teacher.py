@@ -74,7 +74,11 @@ def score_taps(module: nn.Module) -> list[str] | None:
     for name, part in module.named_modules():
         for branch in ("cv3", "one2one_cv3"):
             convolutions = getattr(part, branch, None)
-            if isinstance(convolutions, nn.ModuleList) and hasattr(part, "nl") and len(convolutions) == part.nl:
+            if not (isinstance(convolutions, nn.ModuleList) and len(convolutions) == getattr(part, "nl", None)):
+                continue
+            # YOLO-World and YOLOE give vectors here, which they compare with those of the class names further on
+            last = [each[-1] if isinstance(each, nn.Sequential) else each for each in convolutions]
+            if all(getattr(each, "out_channels", None) == part.nc for each in last):
                 return [f"{name}.{branch}.{number}" for number in range(len(convolutions))]
     return None
 

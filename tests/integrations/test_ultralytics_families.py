@@ -10,8 +10,11 @@ import torch
 pytest.importorskip("ultralytics")
 
 from fgd_hooks import FGDCallback
+from fgd_hooks.config import load_config
+from fgd_hooks.integrations import ultralytics_doctor
 from fgd_hooks.integrations.ultralytics_run import TrainingRun
 from fgd_hooks.integrations.ultralytics_task import task_of
+from fgd_hooks.integrations.ultralytics_teacher import score_taps
 from fgd_hooks.modelnames import load_yolo
 from tests.conftest import TINY, architecture
 from tests.integrations.yolo_data import make
@@ -28,7 +31,8 @@ def text_encoder(monkeypatch):
     def embed(self, text, batch=80, cache_clip_model=False, without_reprta=False):
         rows = [torch.randn(512, generator=torch.Generator().manual_seed(sum(map(ord, word)))) for word in text]
         found = torch.nn.functional.normalize(torch.stack(rows)[None], dim=-1)
-        return found if without_reprta or isinstance(self, tasks.WorldModel) else self.model[-1].get_tpe(found)
+        plain = without_reprta or isinstance(self, tasks.WorldModel)
+        return found if plain else self.model[-1].get_tpe(found).detach()
 
     monkeypatch.setattr(tasks.WorldModel, "get_text_pe", embed)
     monkeypatch.setattr(tasks.YOLOEModel, "get_text_pe", embed)
@@ -75,7 +79,7 @@ def distil(train, task_data, monkeypatch):
     for in the layers that feed the student's head.
     """
 
-    def run(student, teacher, levels, size=64, config=None, **settings):
+    def run(student, teacher, levels, size=64, config=None, final_eval=False, **settings):
         seen = {"gradients": []}
         own = TrainingRun.add_loss_of
 
@@ -91,6 +95,8 @@ def distil(train, task_data, monkeypatch):
             return loss, items
 
         monkeypatch.setattr(TrainingRun, "add_loss_of", add_loss_of)
+        if not final_eval:
+            monkeypatch.setattr("ultralytics.engine.trainer.BaseTrainer.final_eval", lambda self: None)
         yolo = load_yolo(str(student))
         data = task_data(task_of(yolo))
         train(FGDCallback(teacher, config), model=yolo, data=str(data), imgsz=size, **settings)
@@ -206,4 +212,37 @@ SWEEP = [
 @pytest.mark.parametrize(("student", "teacher", "levels"), SWEEP, ids=[f"{s[:-5]}<-{t[:-5]}" for s, t, _ in SWEEP])
 def test_every_family(distil, teacher_of, student, teacher, levels):
     size = 128 if "p6" in student + teacher else 64
-    distil(student, teacher_of(teacher, size), levels, size)
+    distil(student, teacher_of(teacher, size), levels, size, final_eval=True)
+
+
+@pytest.mark.slow
+def test_yoloe_learns_a_fixed_vocabulary(distil, teacher_file, teacher_of):
+    """As one fine-tunes weights of YOLOE: the class names' vectors folded into the head; validated on the way."""
+    from ultralytics.models.yolo.yoloe import YOLOEPETrainer
+
+    weights = teacher_of("yoloe-v8s.yaml")
+    distil(weights, teacher_file, P3_TO_P5, trainer=YOLOEPETrainer, val=True, final_eval=True, pretrained=str(weights))
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("yolov8s-world.yaml", False), ("yoloe-11s.yaml", False), ("yolov10n.yaml", True)]
+)
+def test_class_scores_are_found_where_a_head_has_them(tmp_path, name, found):
+    """An open vocabulary's head has vectors where others have scores."""
+    model = load_yolo(str(tiny(tmp_path, name, "n" if "n." in name else "s"))).model
+    assert score_taps(model) == ([f"model.23.cv3.{level}" for level in range(3)] if found else None)
+
+
+# what looks at a training before it begins
+
+
+@pytest.mark.parametrize("student", ["obb", pytest.param("rtdetr", marks=pytest.mark.slow)])
+def test_the_doctor(student, teacher_file, tmp_path, task_data, rtdetr, monkeypatch):
+    quality = ultralytics_doctor.Finding("green", "teacher's mAP", "not measured")
+    monkeypatch.setattr(ultralytics_doctor, "check_quality", lambda *_: quality)
+    model = load_yolo(str(rtdetr if student == "rtdetr" else tiny(tmp_path, "yolo26n-obb.yaml")))
+    data = task_data(model.task)
+    settings = {"imgsz": 64, "batch": 4, "workers": 0, "device": "cpu"}
+    report = ultralytics_doctor.diagnose(teacher_file, model, str(data), load_config(), settings)
+    assert {finding.name: finding.status for finding in report.troubles} == {}
+    assert len(report.findings) > 10

@@ -5,6 +5,7 @@ pytest.importorskip("ultralytics")
 
 from fgd_hooks import FGDCallback
 from fgd_hooks.cli import main
+from fgd_hooks.config import ConfigError
 from fgd_hooks.integrations.ultralytics_task import TASKS, TaskError, check_task, images_counted, task_of
 from fgd_hooks.modelnames import load_yolo
 from tests.conftest import TINY, architecture
@@ -48,6 +49,13 @@ def test_boxes_from_masks_needs_a_segment_training(teacher_file, student_yaml, t
     FGDCallback(teacher_file, boxes_from="masks").attach(YOLO(str(architecture(tmp_path, "yolo26n-seg.yaml", TINY))))
 
 
+def test_boxes_from_somewhere_else():
+    with pytest.raises(
+        ConfigError, match="boxes_from is 'polygons'.*'labels'.*'masks'|boxes_from is 'polygons'.*masks"
+    ):
+        FGDCallback("t.pt", boxes_from="polygons")
+
+
 def test_the_task_of_models_and_modules():
     from ultralytics import YOLO
 
@@ -63,6 +71,38 @@ def test_the_task_of_models_and_modules():
         del yolo.model.task
         assert task_of(yolo) == task_of(yolo.model) == task
     assert task_of(torch.nn.Conv2d(1, 1, 1)) is None
+
+
+@pytest.fixture
+def without_clip(monkeypatch):
+    import importlib.util
+
+    own = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "clip" else own(name, *rest))
+
+
+@pytest.mark.parametrize(
+    ("name", "warned"), [("yolov8s-world.yaml", True), ("yoloe-11s.yaml", True), ("yolo26n.yaml", False)]
+)
+def test_a_missing_text_encoder_is_named_when_attaching(name, warned, without_clip, teacher_file, tmp_path, caplog):
+    from ultralytics.utils import LOGGER
+
+    yolo = load_yolo(str(architecture(tmp_path, name, {"n" if "n." in name else "s": TINY["n"]})))
+    LOGGER.addHandler(caplog.handler)
+    try:
+        FGDCallback(teacher_file).attach(yolo)
+    finally:
+        LOGGER.removeHandler(caplog.handler)
+    assert ("'clip' is not installed" in caplog.text) == warned
+
+
+def test_the_command_line_names_a_missing_text_encoder(monkeypatch, teacher_file, data, capsys):
+    def missing(model):
+        raise ModuleNotFoundError("No module named 'clip'", name="clip")
+
+    monkeypatch.setattr("fgd_hooks.cli.load_yolo", missing)
+    assert main(["train", f"teacher={teacher_file}", "model=yolov8s-world.yaml", f"data={data}"]) == 2
+    assert "pip install git+https://github.com/ultralytics/CLIP.git" in capsys.readouterr().err
 
 
 def loss_of(name, count):
