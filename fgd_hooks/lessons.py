@@ -11,7 +11,7 @@ from torch import nn
 from fgd_hooks.adapters import list_adapters
 from fgd_hooks.config import ConfigError, FGDConfig, LossConfig, TeacherShare
 from fgd_hooks.losses import LOSSES, PRESETS, FeatureLoss, create_loss, list_losses
-from fgd_hooks.pyramid import Level, LevelPair, find_levels, pair_levels
+from fgd_hooks.pyramid import Level, LevelPair, common_size, find_levels, pair_levels
 from fgd_hooks.registry import suggestion
 from fgd_hooks.taps import Tap, expand_taps
 
@@ -62,6 +62,7 @@ def plan(
         TapError, PairingError: as :func:`find_levels` and :func:`pair_levels`.
         ValueError: two maps differ in size, and ``resize`` is off.
     """
+    size = common_size([student, *teachers]) if example is None else None
     shares: list[TeacherShare] = config.teachers or [TeacherShare() for _ in teachers]
     if len(shares) != len(teachers):
         raise ConfigError(f"teachers has {len(shares)} entries, but there are {len(teachers)} teachers.")
@@ -72,9 +73,9 @@ def plan(
         named = share.student_taps or config.student_taps
         key = None if named is None else tuple(named)
         if key not in students:
-            students[key] = find_levels(student, named, example=example, role="student")
+            students[key] = find_levels(student, named, example=example, role="student", size=size)
         role = "teacher" if len(teachers) == 1 else f"teacher {number + 1}"
-        theirs = find_levels(teacher, share.taps or config.teacher_taps, example=example, role=role)
+        theirs = find_levels(teacher, share.taps or config.teacher_taps, example=example, role=role, size=size)
         chosen = share.levels or config.levels
         found.append(Found(students[key], theirs, chosen))
         pairs = _choose(pair_levels(students[key], theirs), chosen)

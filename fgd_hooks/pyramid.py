@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fgd_hooks.taps import FeatureTaps, Tap, TapError, expand_taps, first_argument, run_until_tapped, unwrap
+from fgd_hooks.imagepath import ImagePath
+from fgd_hooks.layouts import LayoutError, Size, fits
+from fgd_hooks.taps import FeatureTaps, Tap, TapError, describe, expand_taps, first_argument, run_until_tapped, unwrap
 from fgd_hooks.traces import RandomState
 
 logger = logging.getLogger("fgd_hooks")
@@ -78,41 +80,85 @@ def untouched(model: nn.Module) -> Iterator[None]:
         state.restore()
 
 
-def probe_input(model: nn.Module, size: int = PROBE_SIZE) -> Tensor:
-    """Zeros of shape (1, C, size, size) with the device, dtype and channels of the model's first convolution."""
+def probe_input(model: nn.Module, size: int | Size | None = None) -> Tensor:
+    """Zeros of shape (1, C, h, w) with the device, dtype and channels of the model's first convolution.
+
+    Args:
+        model: any detector or backbone.
+        size: (h, w), or the side of a square, in pixels; None: the one size that the model takes, if it is such a
+            model (see :func:`fixed_size`), else 256.
+    """
+    size = (size or fixed_size(model) or PROBE_SIZE) if not isinstance(size, tuple) else size
+    height, width = (size, size) if isinstance(size, int) else size
     convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if convolution is not None:
-        return convolution.weight.new_zeros(1, convolution.in_channels, size, size)
+        return convolution.weight.new_zeros(1, convolution.in_channels, height, width)
     parameter = next(model.parameters(), torch.empty(0))
-    return parameter.new_zeros(1, 3, size, size)
+    return parameter.new_zeros(1, 3, height, width)
+
+
+def fixed_size(model: nn.Module) -> Size | None:
+    """The (h, w) in pixels of the only images that a model of timm takes; None for a model that takes any."""
+    for module in model.modules():
+        if hasattr(module, "strict_img_size"):  # of a patch embedding
+            size = getattr(module, "img_size", None)
+            return (int(size[0]), int(size[1])) if module.strict_img_size and isinstance(size, tuple) else None
+    for module in model.modules():
+        settings = getattr(module, "pretrained_cfg", None)
+        if isinstance(settings, Mapping) and settings.get("fixed_input_size"):
+            return int(settings["input_size"][1]), int(settings["input_size"][2])
+    return None
+
+
+def common_size(models: Sequence[nn.Module]) -> Size | None:
+    """The (h, w) of images that all models take; None where each takes any.
+
+    Raises:
+        PairingError: two of them take images of one size each, and not of the same.
+    """
+    sizes = list(dict.fromkeys(size for size in map(fixed_size, models) if size is not None))
+    if len(sizes) > 1:
+        found = " and ".join(f"{height} x {width}" for height, width in sizes)
+        raise PairingError(
+            f"Student and teacher see the same images, but they take {found} pixels only. Make one for the other's "
+            "size: timm.create_model(..., img_size=...), or dynamic_img_size=True."
+        )
+    return sizes[0] if sizes else None
 
 
 def find_levels(
-    model: nn.Module, taps: Sequence[str | Tap] | None = None, *, example: Any = None, role: str = "model"
+    model: nn.Module,
+    taps: Sequence[str | Tap] | None = None,
+    *,
+    example: Any = None,
+    role: str = "model",
+    size: Size | None = None,
 ) -> list[Level]:
     """The feature levels of a model, finest first, measured by one forward pass that leaves no trace.
 
     Args:
         model: any detector or backbone.
         taps: where the levels are (names, globs, :class:`Tap`); None: the maps that feed the model's head, found as
-            the last list or dict of maps of different sizes that a module receives (or, where none does, returns).
-            A tap that holds a list or dict of maps gives a level for each.
-        example: what the model is called with; None: zeros of 256 x 256 pixels. Its first tensor's size is the
-            canvas against which strides are measured.
+            the last list or dict of maps of different sizes that a module receives (or, where none does, returns);
+            of a plain vision transformer of timm its last tokens. A tap that holds a list or dict of maps gives a
+            level for each.
+        example: what the model is called with; None: zeros of ``size`` pixels. Its first tensor's size is the canvas
+            against which strides are measured.
         role: "student" or "teacher", for messages.
+        size: (h, w) of the zeros; None: see :func:`probe_input`.
 
     Raises:
         TapError: a tap names no module, did not fire or holds no feature map, or no levels were found.
     """
     model = unwrap(model)
     if example is None:
-        example = probe_input(model)
+        example = probe_input(model, size)
     canvas = _canvas(example)
     with untouched(model):
         if taps is None:
             found = _find_head_inputs(model, example, role)
         else:
-            named = _expand_collections(model, expand_taps(model, taps), example)
+            named = _expand_collections(model, expand_taps(model, taps), example, role)
             with FeatureTaps(model, named, role=role, stop=True) as probe:
                 found = list(zip(named, run_until_tapped(model, probe, example), strict=True))
     levels = [_measure(tap, feature, canvas) for tap, feature in found]
@@ -205,8 +251,12 @@ def observe(model: nn.Module, example: Any, see: Callable[[Tap, Any], None]) -> 
 def _find_head_inputs(model: nn.Module, example: Any, role: str) -> list[tuple[Tap, Tensor]]:
     inputs: list[tuple[Tap, Tensor]] = []
     outputs: list[tuple[Tap, Tensor]] = []
+    single: list[tuple[Tap, Tensor]] = []
+    images = ImagePath(model, _canvas(example))
 
     def see(tap: Tap, value: Any) -> None:
+        images.see(tap, value)
+        single[:] = _single_level(tap, value, images, single) or single
         maps = collection(value)
         if maps and not (tap.io == "input" and not tap.module):
             found = inputs if tap.io == "input" else outputs
@@ -216,7 +266,9 @@ def _find_head_inputs(model: nn.Module, example: Any, role: str) -> list[tuple[T
 
     failure = observe(model, example, see)
     if inputs or outputs:
-        return inputs or outputs
+        return [_as_map(images.with_layout(tap, item), item, images) for tap, item in inputs or outputs]
+    if single and failure is None:
+        return [_as_map(tap, item, images) for tap, item in single]
     if failure is not None:
         raise TapError(
             f"The probe of the {role} ({type(model).__name__}) failed: {failure}. Pass an example input that the "
@@ -228,16 +280,44 @@ def _find_head_inputs(model: nn.Module, example: Any, role: str) -> list[tuple[T
     )
 
 
-def _expand_collections(model: nn.Module, taps: list[Tap], example: Any) -> list[Tap]:
-    """Replace each tap that holds a list or dict of maps by one tap for each of its maps."""
-    found: dict[Tap, list[Tap]] = {tap: [tap] for tap in taps}
-    calls = dict.fromkeys(found, 0)
+def _as_map(tap: Tap, item: Tensor, images: ImagePath) -> tuple[Tap, Tensor]:
+    return tap, item if tap.layout is None else tap.layout.to_map(item, images.canvas)
 
-    def see(tap: Tap, value: Any) -> None:
-        if tap in found:
-            calls[tap] += 1
-            maps = collection(value)
-            found[tap] = [replace(tap, index=(key,)) for key, _ in maps] if maps else [tap]
+
+def _single_level(
+    tap: Tap, value: Any, images: ImagePath, before: list[tuple[Tap, Tensor]]
+) -> list[tuple[Tap, Tensor]]:
+    """What serves as the one level of a model without a pyramid, the last such value of a pass; empty for another.
+
+    The tokens of a vision transformer that says how many of them have no place, as wide as ``before`` (a head's output
+    is not); or the last of the maps that the model returns (timm's ``features_only``).
+    """
+    if tap.io == "output" and isinstance(value, Tensor) and value.ndim == 3 and images.prefix(tap.module) is not None:
+        if any(value.shape[2] != each.shape[-1] for _, each in before):
+            return []
+        try:
+            return [(images.with_layout(tap, value), value)]
+        except LayoutError:
+            return []
+    if tap == Tap("") and isinstance(value, (list, tuple)) and value:
+        maps = [isinstance(each, Tensor) and each.ndim == 4 and fits(each.shape[2:], images.canvas) for each in value]
+        if all(maps):
+            return [(Tap("", index=(len(value) - 1,)), value[-1])]
+    return []
+
+
+def _expand_collections(model: nn.Module, taps: list[Tap], example: Any, role: str) -> list[Tap]:
+    """Replace each tap that holds a list or dict of maps by one tap for each of its maps, and find their layouts."""
+    seen: dict[Tap, Any] = {}
+    calls = dict.fromkeys(taps, 0)
+    images = ImagePath(model, _canvas(example))
+
+    def see(place: Tap, value: Any) -> None:
+        images.see(place, value)
+        for tap in calls:
+            if (tap.module, tap.io) == (place.module, place.io):
+                calls[tap] += not tap.index
+                seen[tap] = value
 
     observe(model, example, see)  # a failure that matters comes again, and is told, in the real probe
     for tap, count in calls.items():
@@ -246,7 +326,26 @@ def _expand_collections(model: nn.Module, taps: list[Tap], example: Any) -> list
                 f"The module of the tap {tap} runs {count} times in one forward pass (shared by several levels?), so "
                 "it is not clear which of its maps is meant. Name a module that runs once."
             )
-    return [each for tap in taps for each in found[tap]]
+    expanded: list[Tap] = []
+    for tap in taps:
+        value = _entry(seen.get(tap), tap)
+        maps = collection(value) or []
+        for each, item in [(replace(tap, index=(*tap.index, key)), item) for key, item in maps] or [(tap, value)]:
+            try:
+                expanded.append(images.with_layout(each, item))
+            except LayoutError as error:
+                raise TapError(f"The {role}'s tap {each} cannot be used: it saw {describe(item)}; {error}.") from None
+    return expanded
+
+
+def _entry(value: Any, tap: Tap) -> Any:
+    """What a tap's index leads to; None where there is no such entry, which the real probe tells."""
+    try:
+        for key in tap.index:
+            value = value[key]
+    except (KeyError, IndexError, TypeError):
+        return None
+    return value
 
 
 def describe_levels(levels: Sequence[Level]) -> str:

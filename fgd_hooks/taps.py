@@ -1,12 +1,13 @@
 """Feature taps: forward hooks that capture one tensor each, and the early exit of a forward pass.
 
 A tap names a module, says whether its input or its output is meant, and may index into a list, tuple or dict found
-there. In text form: ``module[:input|:output][index]...``, for example
+there. In text form: ``module[:input|:output][index]...[@layout]``, for example
 
     neck.fpn.2                 the output of the module ``neck.fpn.2``
     model.23:input[1]          the second feature map that feeds the module ``model.23``
     backbone:output[pool]      the entry ``pool`` of the dict that ``backbone`` returns
     neck.out_convs.*           one tap for each module that the glob matches
+    blocks.11@16+1             tokens of 16 x 16 pixels after one class token (see fgd_hooks/layouts.py)
 
 The module name may be a glob when taps are given by the user; :func:`expand_taps` resolves it.
 """
@@ -17,17 +18,20 @@ import contextlib
 import fnmatch
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from fgd_hooks.layouts import Layout, LayoutError, Size, replaced
 from fgd_hooks.registry import suggestion
 
 Index = int | str
 _NUMBER = re.compile(r"-?\d+")
-_TAP_TEXT = re.compile(r"^(?P<module>[^:\[\]]*)(?::(?P<io>input|output))?(?P<indices>(?:\[[^\[\]]+\])*)$")
+_TAP_TEXT = re.compile(
+    r"^(?P<module>[^:\[\]@]*)(?::(?P<io>input|output))?(?P<indices>(?:\[[^\[\]]+\])*)(?:@(?P<layout>.+))?$"
+)
 
 
 class TapError(RuntimeError):
@@ -49,15 +53,17 @@ class Tap:
         module: name as in ``model.named_modules()``; empty for the model itself.
         io: ``"output"`` of the module, or its first ``"input"`` (the first keyword argument where it has no other).
         index: keys into nested lists, tuples or dicts, outermost first.
+        layout: of tokens and channels-last maps; None: a map (N, C, H, W), or not known before the probe.
     """
 
     module: str
     io: Literal["input", "output"] = "output"
     index: tuple[Index, ...] = ()
+    layout: Layout | None = field(default=None, compare=False)
 
     @classmethod
     def parse(cls, text: str) -> Tap:
-        """Read the text form, ``module[:input|:output][index]...``.
+        """Read the text form, ``module[:input|:output][index]...[@layout]``.
 
         Raises:
             TapError: the text does not have that form.
@@ -65,18 +71,23 @@ class Tap:
         match = _TAP_TEXT.match(text)
         if match is None:
             raise TapError(
-                f"The tap {text!r} cannot be read. Expected module[:input|:output][index]..., "
-                "for example 'neck.fpn.2', 'model.23:input[1]' or 'backbone[pool]'."
+                f"The tap {text!r} cannot be read. Expected module[:input|:output][index]...[@layout], "
+                "for example 'neck.fpn.2', 'model.23:input[1]', 'backbone[pool]' or 'blocks.11@16+1'."
             )
+        try:
+            layout = None if match["layout"] is None else Layout.parse(match["layout"])
+        except LayoutError as error:
+            raise TapError(f"The tap {text!r} cannot be read: {error}.") from None
         keys = re.findall(r"\[([^\[\]]+)\]", match["indices"])
         index = tuple(int(key) if _NUMBER.fullmatch(key) else key.strip("'\"") for key in keys)
-        return cls(match["module"], "input" if match["io"] == "input" else "output", index)
+        return cls(match["module"], "input" if match["io"] == "input" else "output", index, layout)
 
     def __str__(self) -> str:
         io = ":input" if self.io == "input" else ""
         # a text that reads as a number is quoted, as parse() takes it
         keys = [repr(key) if isinstance(key, str) and _NUMBER.fullmatch(key) else key for key in self.index]
-        return f"{self.module or '(model)'}{io}{''.join(f'[{key}]' for key in keys)}"
+        layout = f"@{self.layout}" if self.layout else ""
+        return f"{self.module or '(model)'}{io}{''.join(f'[{key}]' for key in keys)}{layout}"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -161,10 +172,30 @@ class _Hook(LiveHook):
         self.members = members
         self.io = io
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], value: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], value: Any) -> Any:
         """Called by torch as a forward pre-hook (``value``: keyword arguments) or as a forward hook (the output)."""
-        if self.owner.listening:
-            self.owner._capture(self.members, value if self.io == "output" else first_argument(args, value))
+        if not self.owner.listening:
+            return None
+        seen = value if self.io == "output" else first_argument(args, value)
+        given = self.owner._capture(self.members, seen)
+        if given is seen:
+            return None
+        if self.io == "output":
+            return given
+        return ((given, *args[1:]), value) if args else (args, {**value, next(iter(value)): given})
+
+
+class _ImagesSeen(LiveHook):
+    """Forward pre-hook of a module that images go into: keeps their (h, w), which the grid of tokens depends on."""
+
+    def __init__(self, owner: FeatureTaps, name: str) -> None:
+        self.owner = owner
+        self.name = name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        images = first_argument(args, kwargs)
+        if isinstance(images, Tensor) and images.ndim >= 3:
+            self.owner._sizes[self.name] = (int(images.shape[-2]), int(images.shape[-1]))
 
 
 class _NormOfGradient(torch.autograd.Function):
@@ -228,6 +259,7 @@ class FeatureTaps:
         self._grad_only = grad_only
         self._stop = stop
         self._features: dict[int, Tensor] = {}
+        self._sizes: dict[str, Size] = {}
         self._handles: list[Any] = []
         modules = dict(unwrap(model).named_modules())
         groups: dict[tuple[str, str], list[int]] = {}
@@ -241,6 +273,9 @@ class FeatureTaps:
                 self._handles.append(modules[name].register_forward_pre_hook(hook, with_kwargs=True))
             else:
                 self._handles.append(modules[name].register_forward_hook(hook))
+        for name in {tap.layout.images for tap in self.taps if tap.layout and tap.layout.cell}:
+            watch = _ImagesSeen(self, name)
+            self._handles.append(modules[name].register_forward_pre_hook(watch, with_kwargs=True, prepend=True))
         device = next((parameter.device for parameter in unwrap(model).parameters()), None)
         self.meters: list[Tensor | None] = []
         for source in sources:
@@ -257,21 +292,40 @@ class FeatureTaps:
         """Whether a forward pass that ran now would be captured."""
         return self.enabled and (not self._grad_only or torch.is_grad_enabled())
 
-    def _capture(self, members: list[int], value: Any) -> None:
+    def _capture(self, members: list[int], value: Any) -> Any:
+        """Keep the maps of some taps; returns what the model shall go on with."""
         for position in members:
-            self._features[position] = self._pick(position, value)
+            feature = self._pick(position, value)
+            layout = self.taps[position].layout
+            if layout is None:
+                self._check_map(position, feature)
+                self._features[position] = feature
+                continue
+            try:
+                self._features[position] = layout.to_map(feature, self._sizes.get(layout.images))
+            except LayoutError as error:
+                self._complain(position, f"it saw {describe(feature)}; {error}")
+            if self._grad_only:
+                # a student goes on from the map itself: the gradient of its task is then that of the map, too
+                again = layout.from_map(self._features[position], feature)
+                value = replaced(value, self.taps[position].index, again)
         if self._stop and len(self._features) == len(self.taps):
             raise StopForward
+        return value
 
-    def _pick(self, position: int, value: Any) -> Tensor:
+    def _pick(self, position: int, value: Any) -> Any:
         for key in self.taps[position].index:
             try:
                 value = value[key]
             except (KeyError, IndexError, TypeError):
                 self._complain(position, f"there is no entry [{key}] in {describe(value)}")
+        if not isinstance(value, Tensor):
+            self._check_map(position, value)
+        return value
+
+    def _check_map(self, position: int, value: Any) -> None:
         if not isinstance(value, Tensor) or value.ndim != 4:
             self._complain(position, f"it saw {describe(value)}; expected a feature map of shape (N, C, H, W)")
-        return value
 
     def _complain(self, position: int, reason: str) -> NoReturn:
         self._features.clear()

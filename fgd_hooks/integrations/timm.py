@@ -1,4 +1,4 @@
-"""timm models as students and teachers: each with the normalisation it was trained with, and weights without a download.
+"""timm models as students and teachers: each with its own normalisation, and weights that need no download.
 
 ::
 
@@ -157,7 +157,7 @@ def lite_weights(name: str) -> dict[str, Tensor]:
         raise ValueError(f"{folder} holds {len(files)} files of weights (.pth); expected one. Install {package} anew.")
     saved = torch.load(files[0], map_location="cpu", weights_only=True)
     # timm counts the blocks within their stage, and the normalisations of a block from 1
-    places = [place for place in _places(name)]
+    places = _places(name)
     return {_timm_name(key, places): value for key, value in saved.items()}
 
 

@@ -1,0 +1,114 @@
+"""The three kinds of detector on BCCD behind docs/results/detectors.md, in three steps.
+
+    python benchmarks/detectors.py run --data BCCD --out RUNS
+    python benchmarks/detectors.py collect --out RUNS
+    python benchmarks/detectors.py table
+
+``run`` trains, one after another, the teacher of each kind and its student alone and with FGD, three seeds each, by the
+recipes of configs/; a run that is finished is skipped. ``collect`` copies log and metrics to docs/results/detectors.
+``table`` rebuilds the table in docs/results/detectors.md from there. BCCD is the folder of the data set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "docs" / "results" / "detectors"
+KINDS = {
+    "retinanet": "RetinaNet (anchor-based)",
+    "fcos": "FCOS (anchor-free)",
+    "fasterrcnn": "Faster R-CNN (two-stage)",
+}
+ARMS = {"teacher": "the teacher", "alone": "the student alone", "fgd": "the student with FGD"}
+SEEDS = (0, 1, 2)
+SPLITS = ("val", "test")
+PAGE = RESULTS.parent / "detectors.md"
+BEGIN, END = "<!-- table -->\n", "\n<!-- end of table -->"
+TEACHER_EPOCHS = 15
+
+
+def planned() -> Iterator[tuple[str, str, int]]:
+    """Kind, arm and seed of each run, teachers first."""
+    yield from ((kind, "teacher", 0) for kind in KINDS)
+    yield from ((kind, arm, seed) for seed in SEEDS for kind in KINDS for arm in ("alone", "fgd"))
+
+
+def run(data: Path, out: Path) -> None:
+    """Train what is not there yet."""
+    for kind, arm, seed in planned():
+        folder = out / f"{kind}-{arm}-s{seed}"
+        if (folder / "eval-test.json").exists():
+            continue
+        teacher = out / f"{kind}-teacher-s0" / "model.pt"
+        own = {
+            "teacher": ["train=teacher", f"epochs={TEACHER_EPOCHS}"],
+            "alone": ["train=alone"],
+            "fgd": [f"teacher.checkpoint={teacher}"],
+        }[arm]
+        own += ["resume=true"] if (folder / "last.pt").exists() else []
+        program = [sys.executable, str(ROOT / "trainers" / "timm_detector.py"), f"{ROOT}/configs/bccd-{kind}.yaml"]
+        subprocess.run([*program, f"data.root={data}", f"out={folder}", f"seed={seed}", *own], check=True)
+
+
+def collect(out: Path) -> None:
+    """Copy the log and the metrics of each finished run."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for kind, arm, seed in planned():
+        folder = out / f"{kind}-{arm}-s{seed}"
+        if not (folder / "eval-test.json").exists():
+            print(f"{folder.name}: not finished")
+            continue
+        shutil.copy(folder / "results.csv", RESULTS / f"{folder.name}.csv")
+        metrics = {split: json.loads((folder / f"eval-{split}.json").read_text(encoding="utf-8")) for split in SPLITS}
+        (RESULTS / f"{folder.name}.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+
+
+def table() -> str:
+    """The table of docs/results/detectors.md: per cent, mean and the seeds themselves."""
+    lines = ["| detector | arm | val mAP50-95 | val mAP50 | test mAP50-95 | test mAP50 |", "|---|---|---|---|---|---|"]
+    for kind, title in KINDS.items():
+        for arm, label in ARMS.items():
+            files = sorted(RESULTS.glob(f"{kind}-{arm}-s*.json"))
+            if not files:
+                continue
+            runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+            cells = [
+                _cell([100 * one[split][key] for one in runs]) for split in SPLITS for key in ("map50_95", "map50")
+            ]
+            lines.append(f"| {title} | {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"**{statistics.mean(values):.1f}** ({', '.join(f'{value:.1f}' for value in values)})"
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=("run", "collect", "table"))
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    if arguments.step == "run":
+        run(arguments.data.resolve(), arguments.out.resolve())
+    elif arguments.step == "collect":
+        collect(arguments.out)
+    else:
+        text = PAGE.read_text(encoding="utf-8")
+        before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+        PAGE.write_text(f"{before}\n{table()}\n{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
