@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import detection
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from benchmarks.common import RESULTS, machine
@@ -40,7 +41,6 @@ FALLS = 0.98  # the loss of the last step against that of the first
 FAMILIES = (
     "yolov3-tiny.yaml",
     "yolov5n.yaml",
-    "yolov6n.yaml",
     "yolov8n.yaml",
     "yolov8n-p2.yaml",
     "yolov8n-p6.yaml",
@@ -49,25 +49,18 @@ FAMILIES = (
     "yolo11n.yaml",
     "yolo12n.yaml",
     "yolo26n.yaml",
-    "yolo26n-seg.yaml",
-    "yolo26n-pose.yaml",
-    "yolo26n-obb.yaml",
     "yolov8s-world.yaml",
-    "yoloe-v8s.yaml",
     "yolov8n-rtdetr.yaml",
     "benchmarks.compatibility:retinanet",
     "benchmarks.compatibility:fcos",
     "benchmarks.compatibility:mask_rcnn",
     "torchvision:fasterrcnn_mobilenet_v3_large_fpn",
-    "torchvision:ssdlite320_mobilenet_v3_large",
+    "benchmarks.compatibility:ssdlite",
     "timm:resnet18",
-    "timm:efficientnet_lite0",
     "timm:convnext_atto",
-    "timm:pvt_v2_b0",
     "benchmarks.compatibility:swin",
     "benchmarks.compatibility:vit",
     "benchmarks.compatibility:rt_detr",
-    "benchmarks.compatibility:deformable_detr",
 )
 
 
@@ -84,6 +77,14 @@ def fcos() -> nn.Module:
 def mask_rcnn() -> nn.Module:
     """torchvision's Mask R-CNN on a ResNet-18 with FPN, P2 to P5."""
     return detection.MaskRCNN(resnet18_fpn([1, 2, 3, 4], None), 4)
+
+
+def ssdlite() -> nn.Module:
+    """torchvision's SSDlite on MobileNetV3, for images of SIZE pixels instead of 320."""
+    model = detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)
+    half = [0.5] * 3
+    model.transform = GeneralizedRCNNTransform(SIZE, SIZE, half, half, size_divisible=1, fixed_size=(SIZE, SIZE))
+    return model
 
 
 def resnet18_fpn(layers: list[int], last: nn.Module | None) -> nn.Module:
@@ -135,32 +136,6 @@ def rt_detr() -> nn.Module:
 
 
 STAGES = ["stage2", "stage3", "stage4"]
-
-
-def deformable_detr() -> nn.Module:
-    """A small Deformable DETR of transformers with random weights."""
-    from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
-
-    body = ResNetConfig(
-        embedding_size=16, hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 1, 1], layer_type="basic", out_features=STAGES
-    )
-    config = DeformableDetrConfig(
-        use_timm_backbone=False,
-        backbone=None,
-        use_pretrained_backbone=False,
-        backbone_config=body,
-        num_feature_levels=3,
-        with_box_refine=True,
-        d_model=32,
-        encoder_layers=1,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
-        num_queries=20,
-    )
-    return DeformableDetrForObjectDetection(config)
 
 
 def family(name: str, seed: int) -> NamedModel | str:
@@ -315,11 +290,12 @@ def page(results: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "`retinanet`, `fcos` and `mask_rcnn` are torchvision's on a ResNet-18 with FPN, `swin` is a small one of timm",
-        f"for images of {SIZE} pixels, `vit` timm's `vit_tiny_patch16_224` with `dynamic_img_size`, `rt_detr` and",
-        "`deformable_detr` are small ones of transformers. Models of torchvision are seen from behind their transform",
-        "here; in a training use [`TorchvisionDistiller`](torchvision.md), which takes boxes and padding from the",
-        "model.",
+        "`retinanet`, `fcos` and `mask_rcnn` are torchvision's on a ResNet-18 with FPN; `ssdlite` is its SSDlite and",
+        f"`swin` a small Swin of timm, both for images of {SIZE} pixels; `vit` is timm's `vit_tiny_patch16_224` with",
+        "`dynamic_img_size`, `rt_detr` a small RT-DETR of transformers. Models of torchvision are seen from behind",
+        "their transform here; in a training use [`TorchvisionDistiller`](torchvision.md), which takes boxes and",
+        "padding from the model. More of YOLO, and its other tasks: [families](yolo-families.md); more of timm:",
+        "[timm](timm.md).",
         "",
     ]
     failing = {key: pair["why"] for key, pair in pairs.items() if pair["result"] in ("fails", "missing")}

@@ -37,6 +37,7 @@ def live_tensors():
     return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
 
 
+@pytest.mark.slow
 def test_fifty_cycles_leave_everything_as_found():
     student, teacher = trained(TinyDetector()), trained(TinyDetector((8, 16, 24)), seed=1)
     student.stages[0].eval()  # a frozen stage and a teacher in mixed modes

@@ -48,6 +48,7 @@ forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked process
 
 
 @forks
+@pytest.mark.slow
 def test_a_killed_training_resumes(tmp_path):
     half, between = study(tmp_path, "aimed")["found"]
     for found in (half, between):
