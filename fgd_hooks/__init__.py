@@ -17,7 +17,8 @@ from fgd_hooks.losses import (
     register_loss,
 )
 from fgd_hooks.pyramid import Level, LevelPair, PairingError, find_levels, pair_levels
-from fgd_hooks.taps import FeatureTaps, Tap, TapError
+from fgd_hooks.tapnames import Tap, TapError
+from fgd_hooks.taps import FeatureTaps
 from fgd_hooks.teacher import TeacherError
 from fgd_hooks.transfer import Inheritance, inherit
 

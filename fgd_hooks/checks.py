@@ -12,7 +12,7 @@ from fgd_hooks.config import FGDConfig
 from fgd_hooks.findings import Finding, Status, per_level
 from fgd_hooks.masks import PackedBoxes, box_masks, check_boxes
 from fgd_hooks.pyramid import Level, LevelPair
-from fgd_hooks.taps import Tap
+from fgd_hooks.tapnames import Tap
 
 OFF, FAR_OFF = 10.0, 100.0  # factors between the distillation's gradient and its target that are yellow and red
 UNEVEN = 50.0  # factor between two levels' gradient ratios that is yellow

@@ -9,21 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fgd_hooks.adapters import automatic_adapter
 from fgd_hooks.config import ConfigError, FGDConfig, load_config
 from fgd_hooks.evaldata import DataError
 from fgd_hooks.health import NonFiniteError
 from fgd_hooks.integrations.ultralytics_task import NO_TEXT_ENCODER, TaskError
 from fgd_hooks.integrations.ultralytics_version import VersionError
-from fgd_hooks.modelnames import ModelNameError, load_model, load_yolo
-from fgd_hooks.pyramid import Level, LevelPair, PairingError, find_levels, pair_levels
+from fgd_hooks.levels import levels_command
+from fgd_hooks.modelnames import ModelNameError, load_yolo
+from fgd_hooks.pyramid import PairingError
 from fgd_hooks.quickstart.processes import QuickstartError
 from fgd_hooks.registry import UnknownNameError, suggestion
 from fgd_hooks.runfolder import RunError
 from fgd_hooks.sidefile import SideFileError
 from fgd_hooks.study.command import add_parser
 from fgd_hooks.study.spec import StudyError
-from fgd_hooks.taps import TapError
+from fgd_hooks.tapnames import TapError
 from fgd_hooks.teacher import TeacherError
 
 USER_ERRORS = (
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     levels.add_argument("teacher", nargs="?", help="the same for the teacher")
     levels.add_argument("--imgsz", type=int, default=640, help="side of the probe's square image in pixels")
-    levels.set_defaults(run=_levels)
+    levels.set_defaults(run=levels_command)
 
     evaluate = commands.add_parser("eval", help="COCO metrics (pycocotools) of a model, also per class")
     evaluate.add_argument("model", help="YOLO weights")
@@ -242,64 +242,6 @@ def check_data(data: str) -> None:
 
     if data.endswith((".yaml", ".yml")) and "://" not in data and not check_file(data, hard=False):
         raise FileNotFoundError(f"The data file {data!r} does not exist, here or among Ultralytics' own data sets.")
-
-
-def _levels(arguments: argparse.Namespace) -> None:
-    names = [arguments.model, *([arguments.teacher] if arguments.teacher else [])]
-    pyramids = []
-    for name in names:
-        model = load_model(name, arguments.imgsz)
-        levels = find_levels(model.module, model.taps, example=model.example, role=name)
-        if not model.fixed and (
-            arguments.imgsz % max(level.stride for level in levels)
-            or levels[0].size[0] * levels[0].stride != arguments.imgsz
-        ):
-            raise ConfigError(f"--imgsz {arguments.imgsz} is no multiple of the largest stride of {name}; try 640.")
-        pyramids.append(levels)
-    if arguments.teacher:
-        pairs = pair_levels(pyramids[0], pyramids[1])
-        _print_pairs(arguments.model, arguments.teacher, pyramids, pairs)
-    else:
-        _print_levels(arguments.model, pyramids[0])
-
-
-def _table(title: str, columns: Sequence[str]) -> Any:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("level", "tap", "adapter") else "right")
-    return table
-
-
-def _print_levels(name: str, levels: Sequence[Level]) -> None:
-    from rich.console import Console
-
-    table = _table(name, ("level", "stride", "channels", "map", "tap"))
-    for level in levels:
-        size = f"{level.size[0]}x{level.size[1]}"
-        table.add_row(level.name, str(level.stride), str(level.channels), size, str(level.tap))
-    Console().print(table)
-
-
-def _print_pairs(student: str, teacher: str, pyramids: Sequence[Sequence[Level]], pairs: Sequence[LevelPair]) -> None:
-    from rich.console import Console
-
-    table = _table(f"{student}  <-  {teacher}", ("level", "stride", "student", "teacher", "adapter", "tap"))
-    for pair in pairs:
-        adapter = automatic_adapter(pair.student.channels, pair.teacher.channels)
-        taps = f"{pair.student.tap}  <-  {pair.teacher.tap}"
-        channels = str(pair.student.channels), str(pair.teacher.channels)
-        table.add_row(pair.name, str(pair.student.stride), *channels, adapter, taps)
-    for role, side, used in (
-        ("student", pyramids[0], [p.student for p in pairs]),
-        ("teacher", pyramids[1], [p.teacher for p in pairs]),
-    ):
-        for level in side:
-            if level not in used:
-                row = [str(level.channels), "-"] if role == "student" else ["-", str(level.channels)]
-                table.add_row(level.name, str(level.stride), *row, "not distilled", str(level.tap))
-    Console().print(table)
 
 
 def _eval(arguments: argparse.Namespace) -> None:

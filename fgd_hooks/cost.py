@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fgd_hooks.adapters import automatic_adapter
 from fgd_hooks.masks import PackedBoxes
-from fgd_hooks.pyramid import probe_input
+from fgd_hooks.probe import probe_input
 from fgd_hooks.traces import no_trace
 
 if TYPE_CHECKING:

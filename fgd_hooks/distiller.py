@@ -25,7 +25,8 @@ from fgd_hooks.losses import LossResult
 from fgd_hooks.masks import PackedBoxes, check_boxes
 from fgd_hooks.pyramid import find_sources
 from fgd_hooks.schedule import Clock, schedule_factor
-from fgd_hooks.taps import FeatureTaps, Tap, TapError, unwrap
+from fgd_hooks.tapnames import Tap, TapError, unwrap
+from fgd_hooks.taps import FeatureTaps
 from fgd_hooks.teacher import FrozenTeacher, TeacherError, check_apart
 from fgd_hooks.trainingstate import restore, training_state
 

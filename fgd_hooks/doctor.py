@@ -21,7 +21,7 @@ from fgd_hooks.findings import Finding, Report
 from fgd_hooks.health import StepHealth
 from fgd_hooks.masks import PackedBoxes
 from fgd_hooks.schedule import Clock
-from fgd_hooks.taps import TapError
+from fgd_hooks.tapnames import TapError
 from fgd_hooks.traces import RandomState, bit_equal, no_trace
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fgd_hooks.layouts import LayoutError, Size, infer_layout
-from fgd_hooks.taps import Tap
+from fgd_hooks.tapnames import Tap
 
 
 class ImagePath:

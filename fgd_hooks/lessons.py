@@ -13,7 +13,7 @@ from fgd_hooks.config import ConfigError, FGDConfig, LossConfig, TeacherShare
 from fgd_hooks.losses import LOSSES, PRESETS, FeatureLoss, create_loss, list_losses
 from fgd_hooks.pyramid import Level, LevelPair, common_size, find_levels, pair_levels
 from fgd_hooks.registry import suggestion
-from fgd_hooks.taps import Tap, expand_taps
+from fgd_hooks.tapnames import Tap, expand_taps
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fgd_hooks.pyramid import probe_input
+from fgd_hooks.probe import probe_input
 from fgd_hooks.registry import suggestion
 
 FILES = (".pt", ".pth", ".yaml", ".yml")

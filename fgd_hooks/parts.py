@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fgd_hooks.pyramid import collection, find_levels, observe, probe_input, untouched
-from fgd_hooks.taps import Tap, unwrap
+from fgd_hooks.probe import observe, probe_input, untouched
+from fgd_hooks.pyramid import collection, find_levels
+from fgd_hooks.tapnames import Tap, unwrap
 
 PARTS = ("neck", "head")
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from fgd_hooks.losses.attention import channel_attention, spatial_attention
 from fgd_hooks.masks import Canvas, PackedBoxes, box_masks
-from fgd_hooks.taps import FeatureTaps, run_until_tapped, unwrap
+from fgd_hooks.tapnames import unwrap
+from fgd_hooks.taps import FeatureTaps, run_until_tapped
 
 if TYPE_CHECKING:
     from fgd_hooks.distiller import Distiller

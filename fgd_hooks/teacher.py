@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fgd_hooks.config import TeacherConfig
-from fgd_hooks.taps import FeatureTaps, StopForward, Tap, TapError, run_until_tapped, unwrap
+from fgd_hooks.tapnames import Tap, TapError, unwrap
+from fgd_hooks.taps import FeatureTaps, StopForward, run_until_tapped
 from fgd_hooks.versions import version_numbers
 
 logger = logging.getLogger("fgd_hooks")

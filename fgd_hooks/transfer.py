@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fgd_hooks.parts import PARTS, find_parts, own_tensors
 from fgd_hooks.registry import suggestion
-from fgd_hooks.taps import unwrap
+from fgd_hooks.tapnames import unwrap
 from fgd_hooks.teacher import check_apart, check_finite
 
 MATCHES = ("auto", "name", "order")

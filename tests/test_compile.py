@@ -18,7 +18,7 @@ from fgd_hooks import Distiller, FGDConfig, TapError
 from fgd_hooks.config import TeacherConfig
 from fgd_hooks.integrations.ultralytics_compiled import DistillingLoss, drop_loss
 from fgd_hooks.pyramid import find_sources
-from fgd_hooks.taps import Tap, unwrap
+from fgd_hooks.tapnames import Tap, unwrap
 from fgd_hooks.teacher import COMPILES_FROM, FrozenTeacher
 from fgd_hooks.versions import version_numbers
 from tests.tiny import TinyDetector, batch, trained

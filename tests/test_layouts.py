@@ -8,8 +8,10 @@ from torch import nn
 
 from fgd_hooks import Distiller
 from fgd_hooks.layouts import Layout, LayoutError, fits, infer_layout, replaced
-from fgd_hooks.pyramid import common_size, find_levels, fixed_size, probe_input
-from fgd_hooks.taps import FeatureTaps, Tap, TapError, run_until_tapped
+from fgd_hooks.probe import fixed_size, probe_input
+from fgd_hooks.pyramid import common_size, find_levels
+from fgd_hooks.tapnames import Tap, TapError
+from fgd_hooks.taps import FeatureTaps, run_until_tapped
 from tests.tiny import TinyDetector, batch
 
 CELL = 8

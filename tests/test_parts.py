@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fgd_hooks.parts import find_parts, own_tensors
-from fgd_hooks.taps import TapError
+from fgd_hooks.tapnames import TapError
 from tests.tiny import TinyDetector, TinyHead, TinyNeck, block
 
 

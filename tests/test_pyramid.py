@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fgd_hooks.pyramid import PairingError, find_levels, pair_levels
-from fgd_hooks.taps import Tap, TapError
+from fgd_hooks.tapnames import Tap, TapError
 from tests.tiny import TinyDetector, batch, trained
 
 

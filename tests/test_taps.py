@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from fgd_hooks.taps import FeatureTaps, Tap, TapError, expand_taps, run_until_tapped, scrub, unwrap
+from fgd_hooks.tapnames import Tap, TapError, expand_taps, unwrap
+from fgd_hooks.taps import FeatureTaps, run_until_tapped, scrub
 from tests.tiny import TinyDetector, batch
 
 

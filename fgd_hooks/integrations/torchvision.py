@@ -36,8 +36,9 @@ from fgd_hooks.distiller import Distilled, Distiller, PerTeacher
 from fgd_hooks.doctor import Optimizers
 from fgd_hooks.findings import Report
 from fgd_hooks.masks import PackedBoxes
-from fgd_hooks.pyramid import PROBE_SIZE, probe_input, untouched
-from fgd_hooks.taps import LiveHook, TapError, describe, unwrap
+from fgd_hooks.probe import PROBE_SIZE, probe_input, untouched
+from fgd_hooks.tapnames import TapError, describe, unwrap
+from fgd_hooks.taps import LiveHook
 from fgd_hooks.teacher import check_apart
 from fgd_hooks.traces import no_trace
 

@@ -23,7 +23,7 @@ from fgd_hooks.integrations.ultralytics_record import named_config
 from fgd_hooks.integrations.ultralytics_run import TrainingRun
 from fgd_hooks.integrations.ultralytics_task import check_task, images_counted
 from fgd_hooks.integrations.ultralytics_teacher import load_teachers
-from fgd_hooks.taps import TapError
+from fgd_hooks.tapnames import TapError
 from fgd_hooks.teacher import TeacherError, check_apart, check_finite
 
 EVALUATED = 64  # images of the validation set, evenly spread

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fgd_hooks.parts import find_parts
-from fgd_hooks.taps import unwrap
+from fgd_hooks.tapnames import unwrap
 from fgd_hooks.transfer import inherit
 
 logger = logging.getLogger("ultralytics")  # the host's own console and log file

@@ -28,7 +28,8 @@ from fgd_hooks.masks import PackedBoxes
 from fgd_hooks.monitor import distillation_scalars, write_layout, write_scalars
 from fgd_hooks.savedstate import adamw_state, check_count
 from fgd_hooks.sidefile import SideFileError, read_side_file, remove_leftovers, write_side_file
-from fgd_hooks.taps import LiveHook, scrub, unwrap
+from fgd_hooks.tapnames import unwrap
+from fgd_hooks.taps import LiveHook, scrub
 
 logger = logging.getLogger("ultralytics")  # the host's own console and log file
 

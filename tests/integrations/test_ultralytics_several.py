@@ -10,7 +10,8 @@ import yaml
 from fgd_hooks import ConfigError, FGDCallback, load_config
 from fgd_hooks.cli import main
 from fgd_hooks.integrations.ultralytics_teacher import fused, load_teacher, score_taps
-from fgd_hooks.taps import FeatureTaps, expand_taps, run_until_tapped
+from fgd_hooks.tapnames import expand_taps
+from fgd_hooks.taps import FeatureTaps, run_until_tapped
 
 
 def columns(folder):
