@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os.path import commonprefix
 from pathlib import Path
@@ -191,6 +191,12 @@ def _label(names: Sequence[str]) -> str:
     return common or names[0]
 
 
+def _teachers(settings: Mapping[str, Any]) -> str:
+    """The file names of a distillation's teachers."""
+    names = [share.get("name") for share in settings.get("fgd.teachers") or []] or [settings.get("fgd.teacher.name")]
+    return " + ".join(Path(str(name)).name for name in names)
+
+
 def _differing(arms: Sequence[Arm]) -> dict[str, tuple[str, ...]]:
     """Setting -> value in each arm; FGD's own only where arms with FGD differ in them."""
     table: dict[str, tuple[str, ...]] = {}
@@ -199,10 +205,9 @@ def _differing(arms: Sequence[Arm]) -> dict[str, tuple[str, ...]]:
     firsts = [arm.runs[0] for arm in arms]
     own = [run.distillation for run in firsts]
     if any(each != {} for each in own):
-        teachers = [None if each is None else each.get("fgd.teacher.name") for each in own]
         table["FGD"] = tuple(
-            "none" if each == {} else "settings unknown" if each is None else f"teacher {Path(str(teacher)).name}"
-            for each, teacher in zip(own, teachers, strict=True)
+            "none" if each == {} else "settings unknown" if each is None else f"teacher {_teachers(each)}"
+            for each in own
         )
     known = [each for each in own if each]
     for key in sorted({key for each in known for key in each}):

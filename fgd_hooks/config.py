@@ -270,6 +270,11 @@ class FGDConfig(Section):
         """``losses``, or ``loss`` alone."""
         return self.losses or [self.loss]
 
+    @property
+    def teacher_names(self) -> list[str | None]:
+        """What each teacher was loaded from, where that is noted."""
+        return [share.name for share in self.teachers] or [self.teacher.name]
+
 
 def load_config(
     config: FGDConfig | Mapping[str, Any] | str | Path | None = None,

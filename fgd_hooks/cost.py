@@ -102,7 +102,7 @@ def _summary(distiller: Distiller, student: nn.Module) -> str:
         if adapter == "auto":
             adapter = automatic_adapter(pair.student.channels, pair.teacher.channels)
         levels.append(f"{pair.name} {pair.teacher.channels}->{pair.student.channels} channels ({adapter})")
-    names = [share.name for share in distiller.config.teachers] or [distiller.config.teacher.name]
+    names = distiller.config.teacher_names
     teachers = [
         f"{Path(name).name if name else type(teacher).__name__} ({_parameters(teacher)} parameters)"
         for name, teacher in zip(names, distiller.teachers, strict=False)

@@ -105,11 +105,11 @@ def hyper_parameters(config: FGDConfig, **host: Any) -> dict[str, Any]:
     """
     schedule = config.schedule
     return {
-        "fgd.teacher": Path(config.teacher.name or "unknown").name,
+        "fgd.teacher": "+".join(Path(name or "unknown").name for name in config.teacher_names),
         "fgd.weight": config.weight,
         "fgd.every": config.every,
-        "fgd.loss": config.loss.name,
-        "fgd.preset": config.loss.preset,
+        "fgd.loss": "+".join(loss.name for loss in config.all_losses),
+        "fgd.preset": "+".join(loss.preset for loss in config.all_losses),
         "fgd.adapter": config.adapter,
         "fgd.balance.mode": config.balance.mode,
         "fgd.balance.ratio": config.balance.ratio,

@@ -75,6 +75,12 @@ def test_settings_that_differ_make_arms(tmp_path):
     }
 
 
+def test_several_teachers_are_all_named(tmp_path):
+    make_run(tmp_path / "a", [0.1], fgd=FGD)
+    make_run(tmp_path / "b", [0.1], fgd={**FGD, "teachers": [{"name": "runs/one.pt"}, {"name": "two.pt"}]})
+    assert compare([tmp_path / "a", tmp_path / "b"]).differing["FGD"] == ("teacher big.pt", "teacher one.pt + two.pt")
+
+
 def test_unfinished_and_unknown_runs_stay_alone_and_are_said(tmp_path):
     make_run(tmp_path / "r-s0", [0.1, 0.2], seed=0, epochs=2)
     make_run(tmp_path / "r-s1", [0.1], seed=1, epochs=2)

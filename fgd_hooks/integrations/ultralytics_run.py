@@ -332,4 +332,5 @@ def is_first_rank() -> bool:
 
 def config_has_zero_weights(config: FGDConfig) -> bool:
     """Whether a part of the loss is switched off, so that some parameters get no gradient."""
-    return any(value == 0 for value in config.loss.options.values() if isinstance(value, (int, float)))
+    options = [value for loss in config.all_losses for value in loss.options.values()]
+    return any(value == 0 for value in options if isinstance(value, (int, float)))

@@ -9,7 +9,9 @@ import yaml
 
 from fgd_hooks import ConfigError, FGDCallback, load_config
 from fgd_hooks.cli import main
+from fgd_hooks.integrations.ultralytics_run import config_has_zero_weights
 from fgd_hooks.integrations.ultralytics_teacher import fused, load_teacher, score_taps
+from fgd_hooks.monitor import hyper_parameters
 from fgd_hooks.tapnames import expand_taps
 from fgd_hooks.taps import FeatureTaps, run_until_tapped
 
@@ -83,3 +85,16 @@ def test_class_scores_of_a_yolo_teacher(teacher_file, fuse, branch):
 def test_scored_trains(train, teacher_file, tmp_path):
     train(FGDCallback(teacher_file, loss={"name": "scored"}))
     assert columns(tmp_path / "run")["train/fgd_scored"] > 0
+
+
+def test_what_runs_are_compared_by_names_all_teachers_and_losses(teacher_file):
+    config = {"losses": ["fgd", "cwd"], "teachers": [{"name": "runs/a.pt"}, {"name": "b.pt"}]}
+    row = hyper_parameters(load_config(config))
+    assert (row["fgd.teacher"], row["fgd.loss"]) == ("a.pt+b.pt", "fgd+cwd")
+
+
+def test_a_part_that_is_switched_off_in_one_of_several_losses_is_known():
+    """Its context block then gets no gradient, which DistributedDataParallel has to be told."""
+    assert not config_has_zero_weights(load_config({"losses": ["cwd", "fgd"]}))
+    off = {"name": "fgd", "options": {"lambda_": 0}}
+    assert config_has_zero_weights(load_config({"losses": ["cwd", off]}))
