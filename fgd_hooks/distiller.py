@@ -107,6 +107,8 @@ class Distiller(nn.Module):
         check_names(config)
         student = unwrap(student)
         teachers = [unwrap(each) for each in ([teacher] if isinstance(teacher, nn.Module) else teacher)]
+        if not teachers:
+            raise TeacherError("The list of teachers is empty; give at least one.")
         for number, each in enumerate(teachers):
             check_apart(student, each)
             if any(each is other for other in teachers[:number]):

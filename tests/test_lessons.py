@@ -229,6 +229,8 @@ def test_mistakes_are_named(student, teachers, config, message):
 def test_wrong_teachers(student, teachers):
     with pytest.raises(TeacherError, match="same teacher is given twice"):
         Distiller(student, [teachers[0], teachers[0]])
+    with pytest.raises(TeacherError, match="list of teachers is empty"):
+        Distiller(student, [])
     with pytest.raises(TeacherError, match="same object"):
         Distiller(student, [teachers[0], student])
     with pytest.raises(PairingError):

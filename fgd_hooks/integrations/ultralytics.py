@@ -73,6 +73,9 @@ class FGDCallback:
         self.teacher: Any = [share.name for share in self.config.teachers] if teacher is None else teacher
         if isinstance(self.teacher, list) and (not self.teacher or None in self.teacher):
             raise ConfigError("There is no teacher: give teacher=, or teachers=[...] with the name of each one's file.")
+        count = len(self._given())
+        if self.config.teachers and len(self.config.teachers) != count:
+            raise ConfigError(f"teachers has {len(self.config.teachers)} entries, but {count} teachers are given.")
         self._loaded: list[nn.Module] | None = None
         self._runs: weakref.WeakKeyDictionary[Any, TrainingRun] = weakref.WeakKeyDictionary()
 

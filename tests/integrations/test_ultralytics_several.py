@@ -50,6 +50,8 @@ def test_teachers_named_in_the_configuration(teacher_file, train, tmp_path):
     assert pickle.loads(pickle.dumps(callback)).teacher == [str(teacher_file)]
     train(callback)
     assert columns(tmp_path / "run")["train/fgd_fg"] > 0
+    with pytest.raises(ConfigError, match="teachers has 1 entries, but 2 teachers are given"):
+        FGDCallback(["a.pt", "b.pt"], {"teachers": [{"weight": 2}]})
     for config in (None, {"teachers": [{"weight": 2}]}):
         with pytest.raises(ConfigError, match="There is no teacher"):
             FGDCallback(config=config)
