@@ -4,9 +4,10 @@
     python benchmarks/detectors.py collect --out RUNS
     python benchmarks/detectors.py table
 
-``run`` trains, one after another, the teacher of each kind and its student alone and with FGD, three seeds each, by the
-recipes of configs/; a run that is finished is skipped. ``collect`` copies log and metrics to docs/results/detectors.
-``table`` rebuilds the table in docs/results/detectors.md from there. BCCD is the folder of the data set.
+``run`` trains, one after another, the teacher of each kind and its student in every arm, three seeds each, by the recipes
+of configs/; a run that is finished is skipped. ``collect`` copies log and metrics of what is finished to
+docs/results/detectors. ``table`` rebuilds the table in docs/results/detectors.md from there. BCCD is the folder of the
+data set.
 """
 
 from __future__ import annotations
@@ -27,7 +28,16 @@ KINDS = {
     "fcos": "FCOS (anchor-free)",
     "fasterrcnn": "Faster R-CNN (two-stage)",
 }
-ARMS = {"teacher": "the teacher", "alone": "the student alone", "fgd": "the student with FGD"}
+ARMS = {
+    "teacher": "the teacher, 15 epochs",
+    "alone": "the student alone, 10 epochs",
+    "fgd": "the student with FGD, 10 epochs",
+    "alone_e20": "the student alone, 20 epochs",
+    "alone_scratch": "from random weights, alone, 20 epochs",
+    "fgd_scratch": "from random weights, with FGD, 20 epochs",
+}
+LONGER = ["epochs=20"]
+SCRATCH = [*LONGER, "model.pretrained=false", "model.frozen=[]"]
 SEEDS = (0, 1, 2)
 SPLITS = ("val", "test")
 PAGE = RESULTS.parent / "detectors.md"
@@ -38,7 +48,7 @@ TEACHER_EPOCHS = 15
 def planned() -> Iterator[tuple[str, str, int]]:
     """Kind, arm and seed of each run, teachers first."""
     yield from ((kind, "teacher", 0) for kind in KINDS)
-    yield from ((kind, arm, seed) for seed in SEEDS for kind in KINDS for arm in ("alone", "fgd"))
+    yield from ((kind, arm, seed) for seed in SEEDS for kind in KINDS for arm in ARMS if arm != "teacher")
 
 
 def run(data: Path, out: Path) -> None:
@@ -48,10 +58,14 @@ def run(data: Path, out: Path) -> None:
         if (folder / "eval-test.json").exists():
             continue
         teacher = out / f"{kind}-teacher-s0" / "model.pt"
+        taught = [f"teacher.checkpoint={teacher}"]
         own = {
             "teacher": ["train=teacher", f"epochs={TEACHER_EPOCHS}"],
             "alone": ["train=alone"],
-            "fgd": [f"teacher.checkpoint={teacher}"],
+            "fgd": taught,
+            "alone_e20": ["train=alone", *LONGER],
+            "alone_scratch": ["train=alone", *SCRATCH],
+            "fgd_scratch": [*taught, *SCRATCH],
         }[arm]
         own += ["resume=true"] if (folder / "last.pt").exists() else []
         program = [sys.executable, str(ROOT / "trainers" / "timm_detector.py"), f"{ROOT}/configs/bccd-{kind}.yaml"]
