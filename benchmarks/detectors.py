@@ -4,8 +4,8 @@
     python benchmarks/detectors.py collect --out RUNS
     python benchmarks/detectors.py table
 
-``run`` trains, one after another, the teacher of each kind and its student in every arm, three seeds each, by the recipes
-of configs/; a run that is finished is skipped. ``collect`` copies log and metrics of what is finished to
+``run`` trains, one after another, the teacher of each kind and its student in every arm, three seeds each, by the
+recipes of configs/; a run that is finished is skipped. ``collect`` copies log and metrics of what is finished to
 docs/results/detectors. ``table`` rebuilds the table in docs/results/detectors.md from there. BCCD is the folder of the
 data set.
 """
