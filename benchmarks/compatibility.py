@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from benchmarks.common import RESULTS, machine
 from fgd_hooks import Distiller, PairingError
+from fgd_hooks.childprocess import write_json
 from fgd_hooks.modelnames import NamedModel, load_model
 
 FILE = RESULTS / "compatibility.json"
@@ -249,9 +249,7 @@ def run(students: Sequence[str], teachers: Sequence[str], results: dict[str, Any
                 f"{key}: {pairs[key]['result']} {pairs[key]['why']} ({time.perf_counter() - start:.1f} s)", flush=True
             )
         results["machine"] = {k: v for k, v in machine().items() if k != "load"}
-        temporary = FILE.with_suffix(".tmp")
-        temporary.write_text(json.dumps(results, indent=1) + "\n")
-        os.replace(temporary, FILE)
+        write_json(FILE, results)
 
 
 def page(results: dict[str, Any]) -> str:

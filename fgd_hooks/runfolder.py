@@ -15,7 +15,7 @@ import yaml
 # Settings that name a run or its files, or say what is shown: runs that differ in nothing else are seeds of one arm.
 RUN_KEYS = {"seed", "name", "save_dir", "project", "exist_ok", "resume", "save", "save_period", "workers", "cache"}
 RUN_KEYS |= {"verbose", "plots"}
-_MAP, _MAP50 = "metrics/mAP50-95(B)", "metrics/mAP50(B)"
+MAP, MAP50 = "metrics/mAP50-95(B)", "metrics/mAP50(B)"  # Ultralytics' names, in results.csv too
 _EVALUATION_KEYS = ("map50_95", "map50", "map_small", "map_medium", "map_large", "per_class")
 
 
@@ -94,7 +94,7 @@ def read_run(folder: str | Path) -> Run:
     epochs = int(rows[-1]["epoch"])
     # without validation Ultralytics writes zeros for every epoch but the last one it was asked for
     validated = rows if settings.get("val", True) else [row for row in rows if row["epoch"] == planned]
-    curve = [(int(row["epoch"]), row[_MAP], row[_MAP50]) for row in validated if math.isfinite(row[_MAP])]
+    curve = [(int(row["epoch"]), row[MAP], row[MAP50]) for row in validated if math.isfinite(row[MAP])]
     return Run(
         folder=folder,
         seed=int(settings.get("seed") or 0),
@@ -164,7 +164,7 @@ def _read_csv(file: Path) -> list[dict[str, float]]:
         lines = [[cell.strip() for cell in line] for line in csv.reader(stream) if line]
     if len(lines) < 2:
         raise RunError(f"{file} holds no finished epoch yet.")
-    absent = [name for name in ("epoch", _MAP, _MAP50) if name not in lines[0]]
+    absent = [name for name in ("epoch", MAP, MAP50) if name not in lines[0]]
     if absent:
         raise RunError(f"{file} is no log of a detection training: there is no column {', '.join(absent)}.")
     try:

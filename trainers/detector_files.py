@@ -17,9 +17,9 @@ from torch import nn
 
 from fgd_hooks import Distiller
 from fgd_hooks.cocometrics import CocoMetrics, percent
+from fgd_hooks.runfolder import MAP, MAP50
 from fgd_hooks.sidefile import read_side_file, write_side_file
 
-MAP, MAP50 = "metrics/mAP50-95(B)", "metrics/mAP50(B)"  # the names that fgd compare reads
 Row = dict[str, float]
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from fgd_hooks.config import ConfigError
 from fgd_hooks.registry import suggestion
+from fgd_hooks.schema import known_keys
 
 AMP = ("", "bfloat16", "float16")
 OPTIMIZERS = ("SGD", "AdamW")
@@ -196,7 +197,7 @@ def load_settings(schema: type[Schema], file: str | Path, overrides: Sequence[st
         settings: Schema = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
-        known = suggestion(str(key), _keys(OmegaConf.structured(schema))) if "not in" in str(error) else ""
+        known = suggestion(str(key), known_keys(schema)) if "not in" in str(error) else ""
         raise ConfigError(f"{file}, key {key}: {str(error).splitlines()[0]}. {known}".rstrip()) from error
     _check(settings)
     if settings.train == "teacher":
@@ -212,15 +213,6 @@ def _layers(file: Path) -> list[Any]:
     layer: Any = OmegaConf.load(file)
     base = layer.pop("base", None)
     return [layer] if base is None else [*_layers(file.parent / base), layer]
-
-
-def _keys(node: Any, prefix: str = "") -> list[str]:
-    keys = []
-    for key in node:
-        keys.append(f"{prefix}{key}")
-        if not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node[key]):
-            keys += _keys(node[key], f"{prefix}{key}.")
-    return keys
 
 
 def _check(settings: Settings) -> None:

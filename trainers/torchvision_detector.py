@@ -20,7 +20,7 @@ from typing import Any
 import detector_files as files
 import torch
 from detector_data import Detections, as_lists, evaluate, read_splits
-from detector_files import MAP, MAP50, Row
+from detector_files import Row
 from detector_processes import processes, start_processes
 from detector_settings import ImageSettings, ModelSettings, Settings, load_settings
 from rich.progress import track
@@ -33,6 +33,7 @@ from torchvision.models import get_model
 
 from fgd_hooks import inherit, load_config, monitor, save_config
 from fgd_hooks.integrations.torchvision import TorchvisionDistiller
+from fgd_hooks.runfolder import MAP, MAP50
 
 Build = Callable[[Any, int, ImageSettings], nn.Module]
 
@@ -166,9 +167,8 @@ class Training:
         if self.first and number % self.settings.log_every == 0:
             monitor.write_scalars(self.writer, {f"train/{name}": float(value) for name, value in named.items()}, number)
             if distilled:
-                monitor.write_scalars(
-                    self.writer, monitor.distillation_scalars(self.distiller, distilled, task.item()), number
-                )
+                scalars = monitor.distillation_scalars(self.distiller, distilled, task.item())
+                monitor.write_scalars(self.writer, scalars, number)
         return named
 
     def measure(self, split: str) -> Row:

@@ -11,11 +11,11 @@ from typing import Any
 
 from fgd_hooks.config import FGDConfig, TeacherShare, save_config
 from fgd_hooks.monitor import BEST_MAP, EPOCH_MAP, FINAL_MAP, FINAL_MAP50, hyper_parameters, write_hyper_parameters
+from fgd_hooks.runfolder import MAP, MAP50
 
 logger = logging.getLogger("ultralytics")
 
 SETTINGS_FILE = "fgd.yaml"
-MAP, MAP50 = "metrics/mAP50-95(B)", "metrics/mAP50(B)"  # Ultralytics' names, in results.csv too
 HOST_SETTINGS = ("model", "data", "epochs", "batch", "imgsz", "optimizer", "lr0", "seed")
 
 
