@@ -17,6 +17,7 @@ from fgd_hooks.losses import (
     register_loss,
 )
 from fgd_hooks.pyramid import Level, LevelPair, PairingError, find_levels, pair_levels
+from fgd_hooks.selection import inherit_channels
 from fgd_hooks.tapnames import Tap, TapError
 from fgd_hooks.taps import FeatureTaps
 from fgd_hooks.teacher import TeacherError
@@ -51,6 +52,7 @@ __all__ = [
     "create_loss",
     "find_levels",
     "inherit",
+    "inherit_channels",
     "list_adapters",
     "list_losses",
     "load_config",

@@ -29,7 +29,7 @@ __all__ = [
     "save_config",
 ]
 
-INHERITED = ("", "neck", "head", "neck+head")
+INHERITED = ("auto", "", "neck", "head", "neck+head", "channels")
 
 
 @dataclass
@@ -207,15 +207,19 @@ class FGDConfig(Section):
     """Everything about one distillation.
 
     Args:
-        weight: of the whole distillation; 0 switches it off, and the run is the stock run.
+        weight: of the whole distillation; 0 switches it off, and the run is the stock run (but for an ``inherit`` other
+            than "auto").
         every: distil every so many steps; the teacher rests in the others.
         student_taps: where the student's levels are (names, globs); null: the maps that feed its head.
         teacher_taps: the same for the teacher.
         levels: names of the levels to use ("P3", ...) out of those that pair; null: all.
         adapter: a registered adapter, or "auto" (identity where channels match, conv1x1 elsewhere).
         resize: resample the student's map where its size differs from the teacher's; an error otherwise.
-        inherit: "neck", "head" or "neck+head": an integration copies these of the teacher's weights into the student
-            before a training begins, where their shapes are equal (see fgd_hooks/transfer.py); empty: nothing.
+        inherit: what an integration copies of the teacher's weights into the student before a training begins.
+            "channels": evenly spaced channels of every layer, for a student of the teacher's architecture that is
+            narrower (see fgd_hooks/selection.py); "auto": the same, if the student begins from random weights and nine
+            tenths of them are replaced so; "neck", "head" or "neck+head": these, where their shapes are equal (see
+            fgd_hooks/transfer.py); empty: nothing.
         boxes_from: where the Ultralytics callback takes the boxes of the foreground from: "labels", or, in a segment
             training, "masks": the box around what is seen of each instance.
         losses: several losses at once instead of ``loss``: names or sections like it, as in
@@ -235,7 +239,7 @@ class FGDConfig(Section):
     levels: list[str] | None = None
     adapter: str = "auto"
     resize: bool = False
-    inherit: str = ""
+    inherit: str = "auto"
     boxes_from: str = "labels"
     losses: list[Any] = field(default_factory=list)
     teachers: list[Any] = field(default_factory=list)
@@ -260,7 +264,8 @@ class FGDConfig(Section):
             value = getattr(self, key)
             require(value is None or len(value) > 0, key, value, "null or a list of at least one")
         one_of("boxes_from", self.boxes_from, ("labels", "masks"))
-        require(self.inherit in INHERITED, "inherit", self.inherit, "'', 'neck', 'head' or 'neck+head'")
+        expected = ", ".join(repr(each) for each in INHERITED)
+        require(self.inherit in INHERITED, "inherit", self.inherit, f"one of {expected}")
         require(self.max_bad_steps >= 1, "max_bad_steps", self.max_bad_steps, "1 or more")
         not_negative("log_interval", self.log_interval)
         not_negative("image_interval", self.image_interval)

@@ -10,7 +10,7 @@ which the paper calls the inheriting strategy. Between models of different width
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,10 +123,10 @@ def inherit(
     for part in mine:
         modules[part], reason = _pair(part, _weighted(student, mine[part]), _weighted(teacher, theirs[part]), match)
         if reason:
-            units = [unit for name in mine[part] for unit in _units(student, name)]
-            kept.update({tensor: reason for unit in units for tensor in unit.tensors})
+            whole = [unit for name in mine[part] for unit in units(student, name)]
+            kept.update({tensor: reason for unit in whole for tensor in unit.tensors})
         for name, counterpart in modules[part]:
-            for unit in _units(student, name):
+            for unit in units(student, name):
                 names, reason = unit.fit(layers, name, counterpart)
                 plan.update(names)
                 kept.update(dict.fromkeys(unit.tensors, reason) if reason else {})
@@ -182,18 +182,25 @@ def _weighted(model: nn.Module, names: Sequence[str]) -> list[str]:
 
 
 @dataclass
-class _Unit:
+class Unit:
     """A layer with weights and the normalisations that follow it: what is copied as a whole."""
 
     layers: dict[str, nn.Module]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers of all its layers by name."""
         return {_join(name, key): t for name, layer in self.layers.items() for key, t in own_tensors(layer).items()}
 
-    def fit(self, teacher: Mapping[str, nn.Module], prefix: str, counterpart: str) -> tuple[dict[str, str], str]:
-        """The student's tensors -> the teacher's, or nothing and the reason; ``teacher``: its modules by name."""
-        names: dict[str, str] = {}
+    @property
+    def normalised(self) -> bool:
+        """Whether its last layer is a normalisation."""
+        return _normalises(list(self.layers.values())[-1])
+
+    def counterparts(
+        self, teacher: Mapping[str, nn.Module], prefix: str = "", counterpart: str = ""
+    ) -> tuple[dict[str, str], str]:
+        """The student's layers -> the teacher's of one kind, or nothing and the reason; ``teacher``: its modules."""
         others = {name: _join(counterpart, name[len(prefix) :].lstrip(".")) for name in self.layers}
         missing = [(other, _normalises(self.layers[name])) for name, other in others.items() if other not in teacher]
         if missing:
@@ -206,16 +213,25 @@ class _Unit:
                 return {}, f"the teacher's {other} holds {', '.join(theirs) or 'nothing'}, not {', '.join(mine)}"
             if getattr(layer, "transposed", False) != getattr(teacher[other], "transposed", False):
                 return {}, f"it is a {type(layer).__name__}, the teacher's {other} a {type(teacher[other]).__name__}"
+        return others, ""
+
+    def fit(self, teacher: Mapping[str, nn.Module], prefix: str, counterpart: str) -> tuple[dict[str, str], str]:
+        """The student's tensors -> the teacher's, or nothing and the reason; ``teacher``: its modules by name."""
+        names: dict[str, str] = {}
+        others, reason = self.counterparts(teacher, prefix, counterpart)
+        for name, other in others.items():
+            mine, theirs = own_tensors(self.layers[name]), own_tensors(teacher[other])
             for key, tensor in mine.items():
                 if tensor.shape != theirs[key].shape:
                     shapes = f"{tuple(tensor.shape)}, the teacher's {_join(other, key)} {tuple(theirs[key].shape)}"
                     return {}, f"{_join(name, key)} is {shapes}"
                 names[_join(name, key)] = _join(other, key)
-        return names, ""
+        return names, reason
 
 
-def _units(model: nn.Module, prefix: str) -> Iterator[_Unit]:
-    unit: _Unit | None = None
+def units(model: nn.Module, prefix: str) -> Iterator[Unit]:
+    """The units of a module of the model, in the order of definition."""
+    unit: Unit | None = None
     for name, layer in model.get_submodule(prefix).named_modules(prefix=prefix):
         if not own_tensors(layer):
             continue
@@ -224,7 +240,7 @@ def _units(model: nn.Module, prefix: str) -> Iterator[_Unit]:
             continue
         if unit:
             yield unit
-        unit = _Unit({name: layer})
+        unit = Unit({name: layer})
     if unit:
         yield unit
 
@@ -237,15 +253,21 @@ def _join(*names: str) -> str:
     return ".".join(name for name in names if name)
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by name."""
     return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 
 
-def _copy(student: nn.Module, teacher: nn.Module, plan: Mapping[str, str]) -> None:
-    mine, theirs = _tensors(student), _tensors(teacher)
-    for name in plan:
-        if mine[name].is_inference():
+def check_writable(tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:
+    """Raise ValueError, before anything is changed, for a tensor that cannot be."""
+    for name in names:
+        if tensors[name].is_inference():
             raise ValueError(f"The student's {name} was made in inference mode and cannot be changed; build it anew.")
+
+
+def _copy(student: nn.Module, teacher: nn.Module, plan: Mapping[str, str]) -> None:
+    mine, theirs = tensors_of(student), tensors_of(teacher)
+    check_writable(mine, plan)
     with torch.no_grad():
         for name, other in plan.items():
             mine[name].copy_(theirs[other])

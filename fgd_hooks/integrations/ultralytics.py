@@ -100,6 +100,7 @@ class FGDCallback:
         if self.config.weight > 0:
             check_task(model, self.config.boxes_from)
             check_text_encoder(student)
+        if self._acts:
             self._loaded = self._load()
             for teacher in self._loaded:
                 check_finite(teacher)
@@ -136,11 +137,16 @@ class FGDCallback:
         """The teachers; as they were trained where the student is to inherit, since fused layers do not fit."""
         return load_teachers(self.teacher, fuse=self.config.teacher.fuse and not self.config.inherit)
 
+    @property
+    def _acts(self) -> bool:
+        """Whether there is anything to do: with weight 0 only the inheritance that is asked for by name."""
+        return self.config.weight > 0 or self.config.inherit not in ("", "auto")
+
     # Ultralytics' events
 
     def _on_pretrain_routine_end(self, trainer: Any) -> None:
         """Model, optimizer, DDP wrapper and EMA exist, and a resumed checkpoint is loaded; called on all ranks."""
-        if self.config.weight == 0:
+        if not self._acts:
             return
         teachers, self._loaded = self._loaded, None
         if teachers is None:
@@ -150,6 +156,8 @@ class FGDCallback:
                 inherit_into(trainer, teachers[0], self.config.inherit, say=is_first_rank())
             fuse = [self.config.teacher.fuse and isinstance(one, (str, Path)) for one in self._given()]
             teachers = [fused(each) if wanted else each for each, wanted in zip(teachers, fuse, strict=True)]
+        if self.config.weight == 0:
+            return
         run = TrainingRun(trainer, teachers, named_config(self.config, self.teacher))
         self._runs[trainer] = run
         run.install()

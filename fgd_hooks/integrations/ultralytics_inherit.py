@@ -9,10 +9,13 @@ import torch
 from torch import nn
 
 from fgd_hooks.parts import find_parts
+from fgd_hooks.selection import inherit_channels, is_untrained
 from fgd_hooks.tapnames import unwrap
 from fgd_hooks.transfer import inherit
 
 logger = logging.getLogger("ultralytics")  # the host's own console and log file
+
+LEAST = 0.9  # share of the student's parameters that "auto" must be able to replace
 
 
 def yolo_parts(model: nn.Module) -> dict[str, list[str]]:
@@ -31,7 +34,7 @@ def yolo_parts(model: nn.Module) -> dict[str, list[str]]:
     return {"neck": neck, "head": [f"model.{last}"]}
 
 
-def inherit_into(trainer: Any, teacher: nn.Module, parts: str, *, say: bool = True) -> None:
+def inherit_into(trainer: Any, teacher: nn.Module, what: str, *, say: bool = True) -> None:
     """Copy the teacher's weights into the model of a trainer and into its EMA, on each rank alike.
 
     The optimizer holds the same parameters, and no moments yet. Between models whose levels differ (P2, P6) nothing is
@@ -40,34 +43,42 @@ def inherit_into(trainer: Any, teacher: nn.Module, parts: str, *, say: bool = Tr
     Args:
         trainer: at ``on_pretrain_routine_end``, not resuming.
         teacher: with its batch normalisations, not fused.
-        parts: "neck", "head" or "neck+head".
+        what: "neck", "head" or "neck+head"; "channels" of all layers; "auto": these, if the student has not been
+            trained yet and nearly all of it is replaced.
         say: log what was copied.
 
     Raises:
         TapError: the levels of a teacher that is no Ultralytics model cannot be found.
     """
     student, teacher = unwrap(trainer.model), unwrap(teacher)
-    wanted = parts.split("+")
-    mine, theirs = ({part: yolo_parts(model)[part] for part in wanted} for model in (student, teacher))
+    automatic = what == "auto"
+    if automatic and not is_untrained(student):
+        return
     strides = [_strides(model) for model in (student, teacher)]
-    reason = ""
     if None not in strides and strides[0] != strides[1]:
         reason = f"the student's levels have the strides {strides[0]}, the teacher's {strides[1]}"
-    elif missing := [part for part in wanted if not theirs[part]]:
-        reason = f"no {missing[0]} was found in the teacher ({type(teacher).__name__})"
-    if reason:
-        if say:
-            logger.warning("FGD: inherit=%s: nothing was inherited: %s.", parts, reason)
+        _report(say, automatic, f"inherit={what}: nothing was inherited: {reason}")
         return
-    result = inherit(student, teacher, mine, teacher_parts=theirs)
+    if what in ("auto", "channels"):
+        result = inherit_channels(student, teacher, least=LEAST if automatic else 0.0)
+    else:
+        mine, theirs = ({part: yolo_parts(model)[part] for part in what.split("+")} for model in (student, teacher))
+        if missing := [part for part in mine if not theirs[part]]:
+            reason = f"no {missing[0]} was found in the teacher ({type(teacher).__name__})"
+            _report(say, automatic, f"inherit={what}: nothing was inherited: {reason}")
+            return
+        result = inherit(student, teacher, mine, teacher_parts=theirs)
     if trainer.ema:
         values, averaged = student.state_dict(), unwrap(trainer.ema.ema).state_dict()
         with torch.no_grad():
             for name in result.copied:
                 averaged[name].copy_(values[name])
+    _report(say, automatic or bool(result.copied), f"inherit={what}: {result.summary}")
+
+
+def _report(say: bool, expected: bool, text: str) -> None:
     if say:
-        level = logging.INFO if result.copied else logging.WARNING
-        logger.log(level, "FGD: inherit=%s: %s.", parts, result.summary)
+        logger.log(logging.INFO if expected else logging.WARNING, "FGD: %s.", text)
 
 
 def _strides(model: nn.Module) -> list[int] | None:

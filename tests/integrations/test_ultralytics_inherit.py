@@ -1,3 +1,4 @@
+import copy
 import logging
 
 import pytest
@@ -8,6 +9,7 @@ pytest.importorskip("ultralytics")
 from fgd_hooks import ConfigError, FGDCallback
 from fgd_hooks.integrations.ultralytics_inherit import inherit_into, yolo_parts
 from fgd_hooks.integrations.ultralytics_teacher import load_teacher
+from fgd_hooks.selection import inherit_channels
 from fgd_hooks.transfer import inherit
 from tests.conftest import TINY, WIDE, architecture
 from tests.tiny import TinyDetector
@@ -105,6 +107,67 @@ def test_a_student_of_another_width_is_told_and_trains(train, teacher_file, log)
     assert "nothing of the neck was inherited" in record.getMessage()
     assert yolo.trainer.epoch == 0
     assert yolo.trainer.last.is_file()
+
+
+def test_an_untrained_student_begins_as_a_thinned_teacher_and_a_trained_one_does_not(
+    train, teacher_file, teachers, student_yaml, tmp_path, log
+):
+    from ultralytics import YOLO
+
+    seen = {}
+
+    def look(trainer):
+        seen.update(model=copy.deepcopy(trainer.model.state_dict()), ema=copy.deepcopy(trainer.ema.ema.state_dict()))
+
+    train(FGDCallback(teacher_file), hooks=[("on_train_start", look)])
+    expected = detection_model(student_yaml)
+    inherit_channels(expected, load_teacher(teacher_file, fuse=False))
+    layer = "model.1.conv.weight"
+    assert torch.equal(expected.state_dict()[layer], teachers[layer][::2])
+    for name, value in expected.state_dict().items():
+        assert torch.equal(seen["model"][name], value), name
+        assert torch.equal(seen["ema"][name], value), name
+    (line,) = lines(log)
+    assert "inherit=auto" in line
+    assert "0 kept" in line
+    log.clear()
+
+    last = tmp_path / "run" / "weights" / "last.pt"
+    trained = YOLO(str(last)).model.state_dict()
+    for settings in ({"model": YOLO(str(last)), "pretrained": True}, {"pretrained": str(last)}):
+        train(FGDCallback(teacher_file), name="again", hooks=[("on_train_start", look)], **settings)
+        assert lines(log) == []
+        assert torch.equal(seen["model"][layer], trained[layer]), "its own weights"
+
+
+def test_only_the_start_without_any_distillation(train, teacher_file, teachers, log):
+    callback = FGDCallback(teacher_file, weight=0, inherit="channels")
+    seen = {}
+
+    def look(trainer):
+        seen["weight"] = trainer.model.state_dict()["model.1.conv.weight"].clone()
+        seen["distiller"] = callback.distiller(trainer)
+
+    yolo = train(callback, hooks=[("on_train_start", look)])
+    assert torch.equal(seen["weight"], teachers["model.1.conv.weight"][::2])
+    assert seen["distiller"] is None
+    assert "inherit=channels" in lines(log)[0]
+    assert not (yolo.trainer.wdir / "last.fgd.pt").exists()
+    log.clear()
+    train(FGDCallback(teacher_file, weight=0), hooks=[("on_train_start", look)])
+    assert lines(log) == []
+    assert not torch.equal(seen["weight"], teachers["model.1.conv.weight"][::2]), "weight=0 is the stock run"
+
+
+def test_auto_leaves_a_student_alone_that_is_built_otherwise(tmp_path, log):
+    student = detection_model(architecture(tmp_path, "yolov8n.yaml", TINY))
+    teacher = detection_model(architecture(tmp_path, "yolo11n.yaml", WIDE), seed=1)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    inherit_into(Trainer(student), teacher, "auto")
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    (record,) = [record for record in log.records if "inherit=" in record.getMessage()]
+    assert record.levelno == logging.INFO, "nobody asked for it by name"
+    assert "parameters fit" in record.getMessage()
 
 
 class Trainer:
