@@ -182,7 +182,7 @@ def retinanet_arms(size: int, count: int) -> dict[str, Callable[[], None]]:
 
 def measure(labels: dict[str, Any], arms: dict[str, Callable[[], None]], rounds: int) -> list[dict[str, Any]]:
     """One row per arm, with its ratios to the others, each the median of the rounds' own ratios."""
-    warmup = 3  # the first two steps of the balance measure
+    warmup = 9  # after the early measurements of the balance
     times = interleave(arms, rounds, warmup)
     ours = arms["ours"]
     measured: list[bool] = ours.measured[warmup:]  # type: ignore[attr-defined]

@@ -8,12 +8,15 @@ An adapter maps (N, C_student, H, W) to (N, C_teacher, H, W). Register one of yo
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from fgd_hooks.registry import Factory, Registry
+from fgd_hooks.selection import evenly_spaced
 
 ADAPTERS = Registry("adapter")
 
@@ -29,8 +32,8 @@ def list_adapters() -> list[str]:
 
 
 def automatic_adapter(student_channels: int, teacher_channels: int) -> str:
-    """What ``"auto"`` stands for: ``identity`` where the channels match and ``conv1x1`` elsewhere."""
-    return "identity" if student_channels == teacher_channels else "conv1x1"
+    """What ``"auto"`` stands for: ``identity`` where the channels match and ``aligned`` elsewhere."""
+    return "identity" if student_channels == teacher_channels else "aligned"
 
 
 def create_adapter(name: str, student_channels: int, teacher_channels: int) -> nn.Module:
@@ -67,6 +70,23 @@ def identity(student_channels: int, teacher_channels: int) -> nn.Module:
 def conv1x1(student_channels: int, teacher_channels: int) -> nn.Module:
     """One 1x1 convolution with bias, as in the authors' code."""
     return nn.Conv2d(student_channels, teacher_channels, 1)
+
+
+@register_adapter("aligned")
+def aligned(student_channels: int, teacher_channels: int) -> nn.Module:
+    """One 1x1 convolution with bias that begins by repeating the student's channels (or by taking evenly spaced ones).
+
+    The teacher's channel j begins as the student's channel j * C_student // C_teacher. In a student that began as
+    evenly spaced channels of its teacher (:mod:`fgd_hooks.selection`) this is the channel that was taken, or its
+    neighbour. From another start it is as good as random weights, and the gradient that reaches the student is one of
+    its own channels from the first step on.
+    """
+    conv = nn.Conv2d(student_channels, teacher_channels, 1)
+    with torch.no_grad():
+        conv.weight.zero_()
+        conv.weight[torch.arange(teacher_channels), evenly_spaced(teacher_channels, student_channels)] = 1
+        nn.init.zeros_(typing.cast(nn.Parameter, conv.bias))
+    return conv
 
 
 @register_adapter("conv1x1_bn")

@@ -11,6 +11,8 @@ task's alone (the levels of a neck feed each other: with the distillation switch
 that of P4 and P5, and subtracting P3's own would not remove it), and the gradient at the leaf is that of this level's
 distillation alone. Both come from the loop's own backward pass: no second pass, no retained graph, and a loss scaler
 multiplies both alike. The price is one step in ``interval`` in which the student learns from the task alone.
+
+At the beginning adapters learn fast and the scale has to follow, so there are more measurements (``EARLY_STEPS``).
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ from fgd_hooks.config import BalanceConfig
 from fgd_hooks.distributed import is_distributed
 from fgd_hooks.savedstate import check_count, check_tensor
 
+EARLY_STEPS = (0, 1, 4, 8)
+"""Steps that measure besides every ``interval``-th: before a scale is used, and while adapters learn fastest."""
+
 
 class Balance:
     """The scales of the levels' distillation losses.
@@ -39,8 +44,8 @@ class Balance:
 
     Attributes:
         scales: (L,) what the losses are multiplied by; 1 each in mode "fixed".
-        ratios: (L,) |distillation gradient| / |task gradient| found by the last measurement, with the scales then in
-            use; NaN before the first.
+        ratios: (L,) |distillation gradient| / |task gradient| found by the last measurement, with the scales before it;
+            NaN before the first.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class Balance:
         self.scales = torch.ones(count)
         self.ratios = torch.full((count,), math.nan)
         self._measured = torch.zeros(count)  # measurements that counted, per level
+        self._used = torch.ones(count)  # what the losses of the last measuring step were multiplied by
         self._steps = 0
         self._pending: list[dict[str, Tensor]] = []
         self._meters: list[Tensor | None] = []
@@ -69,19 +75,19 @@ class Balance:
     def to(self, device: torch.device) -> None:
         """Keep the scales on the device of the losses, so that no step waits for the device."""
         if self.scales.device != device:
-            for name in ("scales", "ratios", "_measured", "weights", "groups"):
+            for name in ("scales", "ratios", "_measured", "_used", "weights", "groups"):
                 setattr(self, name, getattr(self, name).to(device))
 
     def next_step(self) -> bool:
         """Close the last measurement, if one is open, and say whether the step that begins now measures.
 
-        The first two steps measure, so that a scale is never used unmeasured, and then every ``interval``-th.
+        :data:`EARLY_STEPS` measure, and every ``interval``-th step.
         """
         self.close()
         if not self.measures:
             return False
         step, self._steps = self._steps, self._steps + 1
-        return step < 2 or step % self.config.interval == 0
+        return step in EARLY_STEPS or step % self.config.interval == 0
 
     def observe(self, features: list[Tensor], weight: float, meters: Sequence[Tensor | None] = ()) -> list[Tensor]:
         """Begin a measurement; returns leaves that stand in for the student's features in the distillation.
@@ -114,6 +120,19 @@ class Balance:
         """The levels that no measurement has reached yet, and that do not distil therefore."""
         return [number for number, count in enumerate(self._measured.tolist()) if count == 0] if self.measures else []
 
+    def trial(self, losses: Tensor) -> Tensor:
+        """(L,) factors of the losses in a measuring step: the scales, or where there is none yet 1 over the loss.
+
+        Only adapters learn from such a step. A loss of thousands would stay in their optimizer's averages for long.
+
+        Args:
+            losses: (L,) of this step.
+        """
+        size = losses.detach().abs().to(self.scales)
+        guess = torch.where(torch.isfinite(size) & (size > 0), 1 / size, torch.ones_like(size))
+        self._used = torch.where(self._measured > 0, self.scales, guess)
+        return self._used
+
     @property
     def factors(self) -> Tensor:
         """(L,) what the losses are multiplied by: 0 for a level that no measurement has reached yet."""
@@ -134,7 +153,7 @@ class Balance:
         task, distillation = (
             torch.stack([record.get(key, zero) for record in pending]) for key in ("task", "distillation")
         )
-        self.update(task, distillation / (self.scales * self._weight))
+        self.update(task, distillation / (self._used * self._weight))
 
     def update(self, task: Tensor, distillation: Tensor) -> None:
         """Take one measurement into the scales.

@@ -244,8 +244,9 @@ class Distiller(nn.Module):
             self._level(pair, guard.watch(feature), target, boxes, score)
             for pair, feature, target, score in zip(self.pairs, features, taught, scores, strict=True)
         ]
-        scales = self.balance.scales if measuring else self.balance.factors
-        distilled = self._assemble(results, scales * weight, guard)
+        losses = torch.stack([result.loss for result in results])
+        scales = self.balance.trial(losses) if measuring else self.balance.factors
+        distilled = self._assemble(losses, results, scales * weight, guard)
         distilled.weight, distilled.measured = weight, measuring
         if task_loss is not None:
             self._health.compare(distilled.loss, task_loss)
@@ -360,8 +361,8 @@ class Distiller(nn.Module):
         result: LossResult = self.losses[pair.name](adapted, teacher, boxes, **more)
         return result
 
-    def _assemble(self, results: list[LossResult], factors: Tensor, guard: GradientGuard) -> Distilled:
-        total = (torch.stack([result.loss for result in results]) * factors).sum()
+    def _assemble(self, losses: Tensor, results: list[LossResult], factors: Tensor, guard: GradientGuard) -> Distilled:
+        total = (losses * factors).sum()
         finite = guard.finite = torch.isfinite(total.detach())
         zero = torch.zeros_like(finite, dtype=total.dtype)
         self._count(finite)

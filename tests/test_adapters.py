@@ -7,7 +7,7 @@ from fgd_hooks.adapters import ADAPTERS, create_adapter, list_adapters, register
 
 def test_all_map_to_the_teachers_channels():
     x = torch.rand(2, 6, 5, 4)
-    for name in ("conv1x1", "conv1x1_bn", "mlp", "conv3x3"):
+    for name in ("aligned", "conv1x1", "conv1x1_bn", "mlp", "conv3x3"):
         adapter = create_adapter(name, 6, 10)
         y = adapter(x)
         assert y.shape == (2, 10, 5, 4), name
@@ -20,6 +20,12 @@ def test_auto_chooses_by_channels():
     adapter = create_adapter("auto", 8, 16)
     assert isinstance(adapter, nn.Conv2d)
     assert adapter.kernel_size == (1, 1)
+
+
+@pytest.mark.parametrize(("student", "teacher", "taken"), [(2, 4, [0, 0, 1, 1]), (4, 2, [0, 2]), (3, 4, [0, 0, 1, 2])])
+def test_aligned_begins_with_the_students_own_channels(student, teacher, taken):
+    x = torch.rand(2, student, 5, 4)
+    assert torch.equal(create_adapter("aligned", student, teacher)(x), x[:, taken])
 
 
 def test_identity_refuses_other_channels():

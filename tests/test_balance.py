@@ -22,7 +22,7 @@ def measure(balance, task_gradients, distillation_gradients, weight=1.0):
     leaves = balance.observe(features, weight)
     task = sum((f * g).sum() for f, g in zip(features, task_gradients, strict=True))
     losses = torch.stack([(f * g).sum() for f, g in zip(leaves, distillation_gradients, strict=True)])
-    (task + (losses * balance.scales * weight).sum()).backward()
+    (task + (losses * balance.trial(losses) * weight).sum()).backward()
 
 
 def test_fixed_is_one_and_never_measures():
@@ -75,9 +75,26 @@ def test_nothing_is_used_before_it_is_measured():
     assert balance.factors[1] == 0, "no task gradient was seen there yet"
 
 
-def test_the_first_two_steps_measure_and_then_every_interval():
+def test_the_first_steps_measure_more_often_and_then_every_interval():
     balance = gradient(interval=5)
-    assert [balance.next_step() for _ in range(16)] == [s in (0, 1, 5, 10, 15) for s in range(16)]
+    assert [balance.next_step() for _ in range(16)] == [s in (0, 1, 4, 5, 8, 10, 15) for s in range(16)]
+    balance = gradient(interval=10)
+    assert [balance.next_step() for _ in range(31)] == [s in (0, 1, 4, 8, 10, 20, 30) for s in range(31)]
+
+
+def test_an_unmeasured_level_is_tried_with_a_loss_of_one():
+    balance = gradient(ratio=0.5)
+    assert balance.next_step()
+    features = [torch.zeros(3, requires_grad=True) * 1.0 for _ in range(2)]
+    leaves = balance.observe(features, 2.0)
+    losses = torch.stack([(leaf * 600).sum() + value for leaf, value in zip(leaves, (4000.0, 0.0), strict=True)])
+    used = balance.trial(losses)
+    assert used.tolist() == pytest.approx([1 / 4000, 1.0]), "a loss of 0 has no size"
+    (sum((f * 300).sum() for f in features) + (losses * used * 2.0).sum()).backward()
+    balance.next_step()
+    assert balance.factors.tolist() == pytest.approx([0.25, 0.25]), "whatever was tried, 0.5 * 300 / 600"
+    assert balance.ratios.tolist() == pytest.approx([2.0, 2.0]), "with the scale before, 1"
+    assert balance.trial(losses).tolist() == pytest.approx([0.25, 0.25])
 
 
 def test_a_measurement_without_backward_is_dropped():
