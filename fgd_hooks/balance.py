@@ -46,6 +46,8 @@ class Balance:
         scales: (L,) what the losses are multiplied by; 1 each in mode "fixed".
         ratios: (L,) |distillation gradient| / |task gradient| found by the last measurement, with the scales before it;
             NaN before the first.
+        cosines: (L,) cosine between the two gradients of the last measurement, on this process's images: below 0 where
+            teacher and task pull apart; NaN before the first, and where a compiled student has no gradient to look at.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Balance:
         self.groups = torch.zeros(count, dtype=torch.long) if groups is None else torch.tensor(list(groups))
         self.scales = torch.ones(count)
         self.ratios = torch.full((count,), math.nan)
+        self.cosines = torch.full((count,), math.nan)
         self._measured = torch.zeros(count)  # measurements that counted, per level
         self._used = torch.ones(count)  # what the losses of the last measuring step were multiplied by
         self._steps = 0
@@ -75,7 +78,7 @@ class Balance:
     def to(self, device: torch.device) -> None:
         """Keep the scales on the device of the losses, so that no step waits for the device."""
         if self.scales.device != device:
-            for name in ("scales", "ratios", "_measured", "_used", "weights", "groups"):
+            for name in ("scales", "ratios", "cosines", "_measured", "_used", "weights", "groups"):
                 setattr(self, name, getattr(self, name).to(device))
 
     def next_step(self) -> bool:
@@ -153,6 +156,9 @@ class Balance:
         task, distillation = (
             torch.stack([record.get(key, zero) for record in pending]) for key in ("task", "distillation")
         )
+        unknown = torch.full_like(zero, math.nan)
+        products = torch.stack([record.get("product", unknown).to(zero) for record in pending])
+        self.cosines = products / (task * distillation)
         self.update(task, distillation / (self._used * self._weight))
 
     def update(self, task: Tensor, distillation: Tensor) -> None:
@@ -226,9 +232,17 @@ class Balance:
 
 
 def _norm_recorder(record: dict[str, Tensor], key: str) -> Any:
+    """A gradient hook that notes the norm, and with the second gradient of a level the product with the first."""
+
     def hook(gradient: Tensor | None) -> None:
         if gradient is None:  # a compiled student whose head does not use this feature; counts as 0
             return
-        record[key] = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32)
+        gradient = gradient.detach()
+        record[key] = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        other = record.pop("first", None)
+        if other is None:
+            record["first"] = gradient
+        else:
+            record["product"] = (other.float() * gradient).sum()
 
     return hook

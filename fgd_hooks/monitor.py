@@ -32,6 +32,7 @@ def distillation_scalars(
     ``fgd/raw/<level>/<part>``      before the loss's own weights, the balance and the schedule
     ``fgd/balance/scale/<level>``   the balance's scale
     ``fgd/balance/ratio/<level>``   |distillation gradient| / |task gradient| at the last measurement
+    ``fgd/balance/cosine/<level>``  cosine between these two gradients: below 0 they pull apart
     ``fgd/weight``                  configured weight times schedule
     ``fgd/skipped_steps``           steps whose distillation loss was not finite
     ==============================  ====================================================================
@@ -43,6 +44,7 @@ def distillation_scalars(
     for number, level in enumerate(distiller.level_names):
         tensors[f"fgd/balance/scale/{level}"] = distiller.balance.scales[number]
         tensors[f"fgd/balance/ratio/{level}"] = distiller.balance.ratios[number]
+        tensors[f"fgd/balance/cosine/{level}"] = distiller.balance.cosines[number]
     values = torch.stack([value.detach().float() for value in tensors.values()]).tolist()  # one wait for the device
     scalars = {name: value for name, value in zip(tensors, values, strict=True) if value == value}
     scalars["fgd/loss"] = sum(scalars.get(f"fgd/parts/{part}", 0.0) for part in distilled.parts)
@@ -87,6 +89,7 @@ def scalar_layout(levels: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
         "Levels": {
             **{f"{level}: parts of the loss": chart(f"fgd/levels/{level}/") for level in levels},
             "scale of each level": chart("fgd/balance/scale/"),
+            "cosine of the gradients: distillation, task": chart("fgd/balance/cosine/"),
         },
     }
 

@@ -40,6 +40,17 @@ def test_the_scale_makes_the_gradient_norms_meet_the_ratio():
     assert balance.ratios.tolist() == pytest.approx([0.1 / 5, 10 / 2]), "ratios with the scales then in use, 1"
 
 
+def test_the_cosine_between_the_two_gradients():
+    balance = gradient()
+    assert all(math.isnan(value) for value in balance.cosines)
+    measure(balance, [tensor(3.0, 4.0, 0.0), tensor(0.0, 0.0, 2.0)], [tensor(-6.0, -8.0, 0.0), tensor(0.0, 3.0, 3.0)])
+    balance.next_step()
+    assert balance.cosines.tolist() == pytest.approx([-1.0, 1 / math.sqrt(2)])
+    balance.observe([torch.zeros(3, requires_grad=True) * 1.0] * 2, 1.0)
+    balance.close()
+    assert all(math.isnan(value) for value in balance.cosines), "no backward pass came along"
+
+
 def test_one_scale_for_all_levels():
     balance = gradient(ratio=1.0, per_level=False)
     measure(balance, [tensor(3.0, 0.0, 0.0), tensor(0.0, 4.0, 0.0)], [tensor(6.0, 0.0, 0.0), tensor(0.0, 8.0, 0.0)])

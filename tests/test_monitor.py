@@ -91,6 +91,7 @@ def test_every_chart_of_the_page_finds_its_scalars_and_no_others(one_step, tmp_p
         "weight and skipped steps": {"fgd/weight", "fgd/skipped_steps"},
         **{f"{level}: parts of the loss": {f"fgd/levels/{level}/{part}" for part in parts} for level in levels},
         "scale of each level": {f"fgd/balance/scale/{level}" for level in levels},
+        "cosine of the gradients: distillation, task": {f"fgd/balance/cosine/{level}" for level in levels},
     }
     assert layout_of(events) == {
         category: {title: patterns for title, (_, patterns) in charts.items()}
