@@ -20,7 +20,10 @@ from torch import Tensor, nn
 from fgd_hooks.parts import own_tensors
 from fgd_hooks.tapnames import unwrap
 from fgd_hooks.teacher import check_apart, check_finite
-from fgd_hooks.transfer import Inheritance, Unit, check_writable, tensors_of, units
+from fgd_hooks.transfer import Inheritance, Parts, Unit, check_writable, inherit, tensors_of, units
+
+LEAST = 0.9
+"""Share of the student's parameters that "auto" must be able to replace."""
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 Weighted = (nn.Linear, nn.modules.conv._ConvNd)
@@ -43,6 +46,33 @@ def is_untrained(model: nn.Module) -> bool:
     statistics = [(m.running_mean, m.running_var) for m in model.modules() if isinstance(m, BatchNorm)]
     kept = [(mean, variance) for mean, variance in statistics if mean is not None and variance is not None]
     return bool(kept) and all(not mean.any() and bool(torch.all(variance == 1)) for mean, variance in kept)
+
+
+def begin(
+    student: nn.Module,
+    teacher: nn.Module,
+    what: str,
+    parts: Parts | None = None,
+    teacher_parts: Parts | None = None,
+) -> Inheritance | None:
+    """Do what the setting ``inherit`` says, before a training begins; None where that is nothing.
+
+    Args:
+        student: the model that is changed.
+        teacher: the model that gives, not fused.
+        what: "" (nothing); "channels"; "auto": the same if the student has not been trained yet and nine tenths of its
+            parameters or more are replaced; "neck", "head" or "neck+head".
+        parts: the student's modules of each of these parts; None: found by a probe.
+        teacher_parts: the teacher's.
+
+    Raises:
+        TeacherError, TapError, ValueError: see :func:`inherit_channels` and :func:`fgd_hooks.inherit`.
+    """
+    if not what or (what == "auto" and not is_untrained(unwrap(student))):
+        return None
+    if what in ("auto", "channels"):
+        return inherit_channels(student, teacher, least=LEAST if what == "auto" else 0.0)
+    return inherit(student, teacher, parts or what, teacher_parts=teacher_parts)
 
 
 def inherit_channels(student: nn.Module, teacher: nn.Module, *, least: float = 0.0) -> Inheritance:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from fgd_hooks import TeacherError
-from fgd_hooks.selection import evenly_spaced, inherit_channels, is_untrained
+from fgd_hooks.selection import begin, evenly_spaced, inherit_channels, is_untrained
 from tests.tiny import TinyDetector, block, trained
 
 
@@ -173,6 +173,26 @@ def test_untrained_is_what_no_batch_normalisation_has_seen():
     model.train()(torch.randn(1, 3, 4, 4))
     assert not is_untrained(model)
     assert not is_untrained(nn.Linear(2, 2)), "nothing is known of it"
+
+
+def test_what_the_setting_says():
+    teacher = trained(TinyDetector((8, 12, 16)))
+    assert begin(TinyDetector((4, 6, 8)), teacher, "") is None
+    kept = begin(TinyDetector((4, 6, 8)), teacher, "auto")
+    assert kept is not None
+    assert kept.parameters == 0, "most of its layers have no normalisation, so that less than nine tenths fit"
+    some = begin(TinyDetector((4, 6, 8)), teacher, "channels")
+    assert some is not None
+    assert 0 < some.parameters < some.of
+    seen = trained(net(2))
+    assert begin(seen, trained(net(4, seed=1)), "auto") is None, "a student with weights of its own keeps them"
+    assert begin(seen, trained(net(4, seed=1)), "channels")
+    fresh = begin(net(2), trained(net(4, seed=1)), "auto")
+    assert fresh is not None
+    assert fresh.parameters == fresh.of
+    neck = begin(TinyDetector((8, 12, 16)), teacher, "neck")
+    assert neck is not None
+    assert set(neck.modules) == {"neck"}
 
 
 def test_a_fused_teacher_gives_nothing_and_the_reason():

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.models import get_model
 
-from fgd_hooks import inherit, load_config, monitor, save_config
+from fgd_hooks import load_config, monitor, save_config, selection
 from fgd_hooks.integrations.torchvision import TorchvisionDistiller
 from fgd_hooks.runfolder import MAP, MAP50
 
@@ -85,8 +85,8 @@ class Training:
         """The distiller; its adapters and context blocks get an optimiser of their own."""
         name = self.settings.teacher.checkpoint or self.settings.teacher.name
         config = load_config(self.settings.fgd, {"teacher.name": name})
-        if config.inherit and not self.settings.resume:
-            print(inherit(self.model, teacher, config.inherit))
+        if not self.settings.resume and (inherited := selection.begin(self.model, teacher, config.inherit)):
+            print(inherited)
         distiller, own = TorchvisionDistiller(self.model, teacher, config), config.optimizer
         adamw = torch.optim.AdamW(distiller.parameters(), lr=own.lr, weight_decay=own.weight_decay)
         self.optimizers.append((adamw, own.clip))

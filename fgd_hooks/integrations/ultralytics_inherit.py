@@ -9,13 +9,10 @@ import torch
 from torch import nn
 
 from fgd_hooks.parts import find_parts
-from fgd_hooks.selection import inherit_channels, is_untrained
+from fgd_hooks.selection import begin, is_untrained
 from fgd_hooks.tapnames import unwrap
-from fgd_hooks.transfer import inherit
 
 logger = logging.getLogger("ultralytics")  # the host's own console and log file
-
-LEAST = 0.9  # share of the student's parameters that "auto" must be able to replace
 
 
 def yolo_parts(model: nn.Module) -> dict[str, list[str]]:
@@ -59,15 +56,16 @@ def inherit_into(trainer: Any, teacher: nn.Module, what: str, *, say: bool = Tru
         reason = f"the student's levels have the strides {strides[0]}, the teacher's {strides[1]}"
         _report(say, automatic, f"inherit={what}: nothing was inherited: {reason}")
         return
-    if what in ("auto", "channels"):
-        result = inherit_channels(student, teacher, least=LEAST if automatic else 0.0)
-    else:
-        mine, theirs = ({part: yolo_parts(model)[part] for part in what.split("+")} for model in (student, teacher))
-        if missing := [part for part in mine if not theirs[part]]:
+    parts: list[dict[str, list[str]]] = [{}, {}]
+    if not automatic and what != "channels":
+        parts = [{part: yolo_parts(model)[part] for part in what.split("+")} for model in (student, teacher)]
+        if missing := [part for part in parts[0] if not parts[1][part]]:
             reason = f"no {missing[0]} was found in the teacher ({type(teacher).__name__})"
             _report(say, automatic, f"inherit={what}: nothing was inherited: {reason}")
             return
-        result = inherit(student, teacher, mine, teacher_parts=theirs)
+    result = begin(student, teacher, what, *(each or None for each in parts))
+    if result is None:
+        return
     if trainer.ema:
         values, averaged = student.state_dict(), unwrap(trainer.ema.ema).state_dict()
         with torch.no_grad():
