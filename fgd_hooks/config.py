@@ -29,7 +29,7 @@ __all__ = [
     "save_config",
 ]
 
-INHERITED = ("auto", "", "neck", "head", "neck+head", "channels")
+INHERITED = ("auto", "channels", "neck", "head", "neck+head", "")
 
 
 @dataclass
@@ -219,7 +219,7 @@ class FGDConfig(Section):
             "channels": evenly spaced channels of every layer, for a student of the teacher's architecture that is
             narrower (see fgd_hooks/selection.py); "auto": the same, if the student begins from random weights and nine
             tenths of them are replaced so; "neck", "head" or "neck+head": these, where their shapes are equal (see
-            fgd_hooks/transfer.py); empty: nothing.
+            fgd_hooks/transfer.py); null or empty: nothing.
         boxes_from: where the Ultralytics callback takes the boxes of the foreground from: "labels", or, in a segment
             training, "masks": the box around what is seen of each instance.
         losses: several losses at once instead of ``loss``: names or sections like it, as in
@@ -239,7 +239,7 @@ class FGDConfig(Section):
     levels: list[str] | None = None
     adapter: str = "auto"
     resize: bool = False
-    inherit: str = "auto"
+    inherit: str | None = "auto"
     boxes_from: str = "labels"
     losses: list[Any] = field(default_factory=list)
     teachers: list[Any] = field(default_factory=list)
@@ -265,7 +265,9 @@ class FGDConfig(Section):
             require(value is None or len(value) > 0, key, value, "null or a list of at least one")
         one_of("boxes_from", self.boxes_from, ("labels", "masks"))
         expected = ", ".join(repr(each) for each in INHERITED)
-        require(self.inherit in INHERITED, "inherit", self.inherit, f"one of {expected}")
+        require(
+            self.inherit is None or self.inherit in INHERITED, "inherit", self.inherit, f"null or one of {expected}"
+        )
         require(self.max_bad_steps >= 1, "max_bad_steps", self.max_bad_steps, "1 or more")
         not_negative("log_interval", self.log_interval)
         not_negative("image_interval", self.image_interval)

@@ -51,7 +51,7 @@ def is_untrained(model: nn.Module) -> bool:
 def begin(
     student: nn.Module,
     teacher: nn.Module,
-    what: str,
+    what: str | None,
     parts: Parts | None = None,
     teacher_parts: Parts | None = None,
 ) -> Inheritance | None:
@@ -60,8 +60,8 @@ def begin(
     Args:
         student: the model that is changed.
         teacher: the model that gives, not fused.
-        what: "" (nothing); "channels"; "auto": the same if the student has not been trained yet and nine tenths of its
-            parameters or more are replaced; "neck", "head" or "neck+head".
+        what: None or "" (nothing); "channels"; "auto": the same if the student has not been trained yet and nine tenths
+            of its parameters or more are replaced; "neck", "head" or "neck+head".
         parts: the student's modules of each of these parts; None: found by a probe.
         teacher_parts: the teacher's.
 

@@ -16,6 +16,7 @@ their optimizer, the balance) is kept in ``last.fgd.pt`` beside ``last.pt`` and 
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +34,8 @@ from fgd_hooks.integrations.ultralytics_teacher import fused, load_teachers
 from fgd_hooks.integrations.ultralytics_version import check_version
 from fgd_hooks.lessons import check_names
 from fgd_hooks.teacher import check_apart, check_finite
+
+logger = logging.getLogger("ultralytics")  # the host's own console and log file
 
 EVENTS = (
     "on_pretrain_routine_end",
@@ -140,7 +143,7 @@ class FGDCallback:
     @property
     def _acts(self) -> bool:
         """Whether there is anything to do: with weight 0 only the inheritance that is asked for by name."""
-        return self.config.weight > 0 or self.config.inherit not in ("", "auto")
+        return self.config.weight > 0 or self.config.inherit not in (None, "", "auto")
 
     # Ultralytics' events
 
@@ -153,7 +156,9 @@ class FGDCallback:
             teachers = self._load()
         if self.config.inherit:
             if not trainer.resume:
-                inherit_into(trainer, teachers[0], self.config.inherit, say=is_first_rank())
+                line, expected = inherit_into(trainer, teachers[0], self.config.inherit)
+                if line and is_first_rank():
+                    logger.log(logging.INFO if expected else logging.WARNING, "FGD: %s", line)
             fuse = [self.config.teacher.fuse and isinstance(one, (str, Path)) for one in self._given()]
             teachers = [fused(each) if wanted else each for each, wanted in zip(teachers, fuse, strict=True)]
         if self.config.weight == 0:

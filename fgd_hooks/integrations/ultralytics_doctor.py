@@ -19,10 +19,11 @@ from fgd_hooks.config import ConfigError, FGDConfig
 from fgd_hooks.cost import extra_cost
 from fgd_hooks.evaluate import DataError, evaluate, quiet_ultralytics
 from fgd_hooks.findings import Finding, Report
+from fgd_hooks.integrations.ultralytics_inherit import inherit_into
 from fgd_hooks.integrations.ultralytics_record import named_config
 from fgd_hooks.integrations.ultralytics_run import TrainingRun
 from fgd_hooks.integrations.ultralytics_task import check_task, images_counted
-from fgd_hooks.integrations.ultralytics_teacher import load_teachers
+from fgd_hooks.integrations.ultralytics_teacher import fused, load_teachers
 from fgd_hooks.tapnames import TapError
 from fgd_hooks.teacher import TeacherError, check_apart, check_finite
 
@@ -62,7 +63,7 @@ def diagnose(
         raise ConfigError("resume= makes no sense for a check-up; give the last.pt as model=.")
     check_task(model, config.boxes_from)
     files = [teacher] if isinstance(teacher, (str, Path)) else list(teacher)
-    modules = load_teachers(files, fuse=config.teacher.fuse)
+    modules = load_teachers(files, fuse=config.teacher.fuse and not config.inherit)
     try:
         for module in modules:
             check_finite(module)
@@ -90,8 +91,12 @@ def _examine(model: Any, teachers: Sequence[nn.Module], config: FGDConfig, setti
     def run_callbacks(self: Any, event: str) -> None:
         """Instead of all callbacks, also those of loggers, which would record a run."""
         if event == "on_train_start":
+            line, expected = inherit_into(self, teachers[0], config.inherit)
+            text = line or "The student begins with the weights that it has."
+            found.append(Finding("green" if expected else "yellow", "start", text))
             try:
-                run = TrainingRun(self, teachers, config)
+                fuse = config.teacher.fuse and config.inherit  # else they are fused already
+                run = TrainingRun(self, [fused(each) if fuse else each for each in teachers], config)
             except ConfigError:
                 raise
             except (TapError, ValueError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -11,8 +10,6 @@ from torch import nn
 from fgd_hooks.parts import find_parts
 from fgd_hooks.selection import begin, is_untrained
 from fgd_hooks.tapnames import unwrap
-
-logger = logging.getLogger("ultralytics")  # the host's own console and log file
 
 
 def yolo_parts(model: nn.Module) -> dict[str, list[str]]:
@@ -31,7 +28,7 @@ def yolo_parts(model: nn.Module) -> dict[str, list[str]]:
     return {"neck": neck, "head": [f"model.{last}"]}
 
 
-def inherit_into(trainer: Any, teacher: nn.Module, what: str, *, say: bool = True) -> None:
+def inherit_into(trainer: Any, teacher: nn.Module, what: str | None) -> tuple[str, bool]:
     """Copy the teacher's weights into the model of a trainer and into its EMA, on each rank alike.
 
     The optimizer holds the same parameters, and no moments yet. Between models whose levels differ (P2, P6) nothing is
@@ -40,43 +37,37 @@ def inherit_into(trainer: Any, teacher: nn.Module, what: str, *, say: bool = Tru
     Args:
         trainer: at ``on_pretrain_routine_end``, not resuming.
         teacher: with its batch normalisations, not fused.
-        what: "neck", "head" or "neck+head"; "channels" of all layers; "auto": these, if the student has not been
-            trained yet and nearly all of it is replaced.
-        say: log what was copied.
+        what: the setting ``inherit``, see :func:`fgd_hooks.selection.begin`.
+
+    Returns:
+        One line on what was copied (empty where nothing was to be), and whether that is what was asked for.
 
     Raises:
         TapError: the levels of a teacher that is no Ultralytics model cannot be found.
     """
     student, teacher = unwrap(trainer.model), unwrap(teacher)
     automatic = what == "auto"
-    if automatic and not is_untrained(student):
-        return
+    if not what or (automatic and not is_untrained(student)):
+        return "", True
+    nothing = f"inherit={what}: nothing was inherited"
     strides = [_strides(model) for model in (student, teacher)]
     if None not in strides and strides[0] != strides[1]:
-        reason = f"the student's levels have the strides {strides[0]}, the teacher's {strides[1]}"
-        _report(say, automatic, f"inherit={what}: nothing was inherited: {reason}")
-        return
-    parts: list[dict[str, list[str]]] = [{}, {}]
-    if not automatic and what != "channels":
-        parts = [{part: yolo_parts(model)[part] for part in what.split("+")} for model in (student, teacher)]
-        if missing := [part for part in parts[0] if not parts[1][part]]:
-            reason = f"no {missing[0]} was found in the teacher ({type(teacher).__name__})"
-            _report(say, automatic, f"inherit={what}: nothing was inherited: {reason}")
-            return
-    result = begin(student, teacher, what, *(each or None for each in parts))
+        return f"{nothing}: the student's levels have the strides {strides[0]}, the teacher's {strides[1]}.", automatic
+    parts: list[dict[str, list[str]] | None] = [None, None]
+    if what not in ("auto", "channels"):
+        found = [{part: yolo_parts(model)[part] for part in what.split("+")} for model in (student, teacher)]
+        if missing := [part for part, modules in found[1].items() if not modules]:
+            return f"{nothing}: no {missing[0]} was found in the teacher ({type(teacher).__name__}).", False
+        parts = [*found]
+    result = begin(student, teacher, what, *parts)
     if result is None:
-        return
+        return "", True
     if trainer.ema:
         values, averaged = student.state_dict(), unwrap(trainer.ema.ema).state_dict()
         with torch.no_grad():
             for name in result.copied:
                 averaged[name].copy_(values[name])
-    _report(say, automatic or bool(result.copied), f"inherit={what}: {result.summary}")
-
-
-def _report(say: bool, expected: bool, text: str) -> None:
-    if say:
-        logger.log(logging.INFO if expected else logging.WARNING, "FGD: %s.", text)
+    return f"inherit={what}: {result.summary}.", automatic or bool(result.copied)
 
 
 def _strides(model: nn.Module) -> list[int] | None:

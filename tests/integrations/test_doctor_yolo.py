@@ -66,7 +66,9 @@ def test_command_on_the_users_own_data(teacher_file, student_yaml, data, tmp_pat
     assert "teacher's mAP" in out
     assert "Mend: Train the teacher" in out
     assert set(status.values()) == {"green"}, out
-    assert len(status) == 12
+    assert len(status) == 13
+    start = next(finding["found"] for finding in report["findings"] if finding["name"] == "start")
+    assert "parameters of the network were inherited" in start
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
     assert teacher_file.read_bytes() == weights
 
@@ -124,6 +126,17 @@ def test_an_untrained_teacher(diagnosed, student_yaml, data, tmp_path):
     assert finding.status == "red"
 
 
+def test_where_the_student_begins(diagnosed, teacher_file):
+    for overrides, model, status, words in (
+        (["inherit="], None, "green", "the weights that it has"),
+        (["inherit=neck"], None, "yellow", "nothing of the neck was inherited"),
+        (["inherit=auto"], teacher_file.with_name("best.pt"), "green", "the weights that it has"),
+    ):
+        report = diagnosed(*overrides, **({"model": model} if model else {}))
+        (finding,) = [finding for finding in report.findings if finding.name == "start"]
+        assert (finding.status, words in finding.found) == (status, True), str(finding)
+
+
 def test_a_frozen_student(diagnosed):
     assert diagnosed(freeze=10).of("gradient").status == "green", "the neck still learns"
     finding = diagnosed(freeze=23).of("gradient")
@@ -160,7 +173,7 @@ def test_a_teacher_without_common_levels(diagnosed, monkeypatch):
 
     shallow = Shallow()
     monkeypatch.setattr(ultralytics_doctor, "load_teachers", lambda *_, **__: [shallow])
-    report = diagnosed()
+    report = diagnosed("inherit=null")
     assert report.of("levels").status == "red"
     assert "no feature level of the same stride" in report.of("levels").found
 
