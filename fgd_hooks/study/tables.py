@@ -16,6 +16,8 @@ from fgd_hooks.study.statistics import Interval, mean_interval
 
 TEACHER, PRETRAIN = "teacher", "pretrain"
 MAX_CLASSES = 12
+SUBJECT = "fgd"
+"""The arm that is also compared with every other one, unless ``study.json`` names another as ``subject``."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,18 @@ class Group:
         """The splits that were measured, val first."""
         return [split for split in ("val", "test") if any(arm.values(split) for arm in self.arms)]
 
-    def gain(self, arm: Arm, split: str) -> Interval | None:
-        """The mean of the differences to the baseline, seed by seed, in points; None without a common seed."""
-        if self.baseline is None or arm is self.baseline:
+    def gain(self, arm: Arm, split: str, over: Arm | None = None) -> Interval | None:
+        """The mean of the differences, seed by seed, in points, to another arm; None without a common seed.
+
+        Args:
+            arm: that is looked at.
+            split: "val" or "test".
+            over: what it is compared with; None: the baseline.
+        """
+        over = over or self.baseline
+        if over is None or arm is over:
             return None
-        base, mine = self.baseline.values(split), arm.values(split)
+        base, mine = over.values(split), arm.values(split)
         differences = [mine[seed] - base[seed] for seed in mine if seed in base]
         return mean_interval(differences) if differences else None
 
@@ -171,6 +180,7 @@ def markdown(study: dict[str, Any], groups: Sequence[Group], name: str) -> str:
     for group in groups:
         for split in group.splits():
             lines += [f"## {group.data}, {group.student}: {split}", "", *_main_table(group, split), ""]
+            lines += _subject_table(group, split, study.get("subject", SUBJECT))
             lines += _class_table(group, split)
             lines += [f"![{group.data}, {group.student}, {split}]({picture(group, split)})", ""]
         lines += [_batch_note(group), ""] if _batch_note(group) else []
@@ -230,6 +240,18 @@ def _main_table(group: Group, split: str) -> list[str]:
 def interval_text(gain: Interval) -> str:
     """``+0.7 .. +5.1``; ``one seed`` where there is no interval."""
     return "one seed" if gain.half is None else f"{gain.low:+.1f} .. {gain.high:+.1f}"
+
+
+def _subject_table(group: Group, split: str, subject: str) -> list[str]:
+    """One arm less each of the others, seed by seed; nothing where that adds nothing to the main table."""
+    mine = next((arm for arm in group.arms if arm.name == subject), None)
+    rows = []
+    for arm in group.arms:
+        if mine is None or arm is mine or arm is group.baseline:
+            continue
+        if (gain := group.gain(mine, split, arm)) is not None:
+            rows.append((arm.name, str(gain.count), f"{gain.mean:+.1f}", interval_text(gain)))
+    return [*markdown_table((f"`{subject}` less", "seeds", "difference", "95 % interval"), rows), ""] if rows else []
 
 
 def _class_table(group: Group, split: str) -> list[str]:

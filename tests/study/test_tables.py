@@ -49,6 +49,24 @@ def test_gain_gap_and_cost_by_hand(tmp_path):
     assert "| teacher (n) | 5 |  | 52.0 |" in text
 
 
+def test_the_library_s_default_is_compared_with_every_other_arm(tmp_path):
+    for seed, (alone, builtin, fgd) in enumerate([(0.40, 0.41, 0.45), (0.42, 0.40, 0.46), (0.44, 0.42, 0.44)]):
+        write(tmp_path, "alone", seed, alone)
+        write(tmp_path, "fgd", seed, fgd)
+        write(tmp_path, "builtin", seed, builtin)
+    write(tmp_path, "half", 1, 0.40)
+    group, _ = only_group(tmp_path, order=["alone", "builtin", "half", "fgd"])
+    lines = markdown({}, [group], "x").splitlines()
+    start = lines.index("| `fgd` less | seeds | difference | 95 % interval |")
+    half = 4.302653 * 2 / math.sqrt(3)  # 4, 6 and 2 points: mean 4, standard deviation 2
+    assert lines[start + 2] == f"| builtin | 3 | +4.0 | {4 - half:+.1f} .. {4 + half:+.1f} |"
+    assert lines[start + 3] == "| half | 1 | +6.0 | one seed |"
+    assert not lines[start + 4]
+    other = markdown({"subject": "half"}, [group], "x")
+    assert "| builtin | 1 | +0.0 | one seed |" in other
+    assert "| `fgd` less" not in other
+
+
 def test_only_common_seeds_are_paired(tmp_path):
     write(tmp_path, "alone", 0, 0.40)
     write(tmp_path, "alone", 1, 0.90)
