@@ -169,7 +169,8 @@ class Balance:
             distillation: (L,) norms of the distillation's gradient there, for a scale of 1.
 
         A level whose norms are 0 or not finite keeps its scale. The moving average is one of the scale's logarithm,
-        with the plain mean at the beginning.
+        with the plain mean at the beginning. Only the way up is limited: a task's gradient can fall by a factor of
+        hundreds within some steps, and a scale that follows slowly would leave the level to the distillation.
         """
         config = self.config
         task, distillation = task.to(self.scales), distillation.to(self.scales)
@@ -185,7 +186,7 @@ class Balance:
         kept = (self._measured / (self._measured + 1)).clamp(max=config.momentum)
         change = (1 - kept) * (found.log() - self.scales.log())
         limit = torch.where(self._measured > 0, math.log(config.max_change), math.inf)
-        change = torch.minimum(torch.maximum(change, -limit), limit)
+        change = torch.minimum(change, limit)
         self.ratios = torch.where(good, distillation * self.scales / task, self.ratios)
         self.scales = torch.where(good, (self.scales.log() + change).exp(), self.scales)
         self.scales = self.scales.clamp(config.min_scale, config.max_scale) if self.measures else self.scales

@@ -91,7 +91,7 @@ class BalanceConfig(Section):
             the task alone.
         min_scale: lower bound of the scale.
         max_scale: upper bound of the scale.
-        max_change: largest factor by which one measurement may move the scale.
+        max_change: largest factor by which one measurement may raise the scale.
     """
 
     prefix = "balance."

@@ -129,7 +129,7 @@ def test_bounds_and_largest_change():
     balance.update(tensor(1e9, 1e-9), tensor(1.0, 1.0))
     assert balance.scales.tolist() == pytest.approx([100.0, 0.01])
     balance.update(tensor(1.0, 1.0), tensor(1.0, 1.0))
-    assert balance.scales.tolist() == pytest.approx([50.0, 0.02]), "one measurement moves it by at most 2"
+    assert balance.scales.tolist() == pytest.approx([1.0, 0.02]), "one measurement raises it by at most 2"
 
 
 def test_moving_average_is_of_the_logarithm_and_begins_with_the_plain_mean():
