@@ -60,6 +60,10 @@ class FGDCallback:
         overrides: single settings that win over ``config``, ``["balance.ratio=1"]`` or ``{"balance.ratio": 1}``.
         **settings: the same as keywords, for example ``weight=2`` or ``balance={"ratio": 1}``.
 
+    Attributes:
+        inherited: one line on what the student of the last training took over from the teacher before its first step;
+            empty where it began with the weights that it had.
+
     Raises:
         ConfigError: unknown key, wrong type or impossible value, or no teacher is given.
     """
@@ -79,6 +83,7 @@ class FGDCallback:
         count = len(self._given())
         if self.config.teachers and len(self.config.teachers) != count:
             raise ConfigError(f"teachers has {len(self.config.teachers)} entries, but {count} teachers are given.")
+        self.inherited = ""
         self._loaded: list[nn.Module] | None = None
         self._runs: weakref.WeakKeyDictionary[Any, TrainingRun] = weakref.WeakKeyDictionary()
 
@@ -156,9 +161,9 @@ class FGDCallback:
             teachers = self._load()
         if self.config.inherit:
             if not trainer.resume:
-                line, expected = inherit_into(trainer, teachers[0], self.config.inherit)
-                if line and is_first_rank():
-                    logger.log(logging.INFO if expected else logging.WARNING, "FGD: %s", line)
+                self.inherited, expected = inherit_into(trainer, teachers[0], self.config.inherit)
+                if self.inherited and is_first_rank():
+                    logger.log(logging.INFO if expected else logging.WARNING, "FGD: %s", self.inherited)
             fuse = [self.config.teacher.fuse and isinstance(one, (str, Path)) for one in self._given()]
             teachers = [fused(each) if wanted else each for each, wanted in zip(teachers, fuse, strict=True)]
         if self.config.weight == 0:

@@ -97,6 +97,7 @@ class Comparison:
                     "model": Path(alone[0]["job"]["model"]).name,  # not where it lies on this machine
                 },
                 "images": teacher["metrics"]["images"],
+                "start": fgd[0].get("start", ""),
             },
         )
         if [run.seed for run in result.alone] != [run.seed for run in result.fgd]:
@@ -179,6 +180,7 @@ def markdown(result: Comparison) -> str:
         f"- teacher: `{Path(teacher['model']).name}`, {teacher['epochs']} epochs from random weights",
         f"- student: `{Path(shared['model']).name}`, {shared['epochs']} epochs from random weights, the same budget "
         "without and with FGD",
+        *_start_text(result),
         f"- both: {shared['imgsz']} px, batch {shared['batch']}, AdamW, learning rate {shared['lr']:g} falling to a "
         "hundredth",
         f"- {_batches_text(result)}",
@@ -199,6 +201,17 @@ def markdown(result: Comparison) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _start_text(result: Comparison) -> list[str]:
+    """What the students with FGD took over from the teacher before their first step."""
+    start = result.settings.get("start")
+    if not start:
+        return []
+    return [
+        f"- the students with FGD begin as thinned teachers (`{start.rstrip('.')}`); `fgd study "
+        "configs/studies/scenes.yaml` tells what comes of that alone (`start`) and of FGD alone (`without_start`)"
+    ]
 
 
 def _batches_text(result: Comparison) -> str:

@@ -1,7 +1,7 @@
 """The quickstart: draw data, train a teacher, then the same student without and with FGD, and compare.
 
 Everything runs on two CPU cores in at most ten minutes and downloads nothing. The two students of a seed differ in
-nothing but the distillation: same initial weights, same batches, same settings, same number of epochs.
+nothing but what the teacher gives, where the student begins and the distillation: same batches, settings and epochs.
 """
 
 from __future__ import annotations

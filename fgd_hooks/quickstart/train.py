@@ -209,10 +209,11 @@ def train(job: Job) -> dict[str, Any]:
     model = YOLO(job.model, task="detect")
     watch = Watch(job)
     watch.attach(model)
+    callback = None
     if job.teacher is not None:
         from fgd_hooks.integrations.ultralytics import FGDCallback
 
-        FGDCallback(job.teacher, **job.fgd).attach(model)
+        callback = FGDCallback(job.teacher, **job.fgd).attach(model)
     folder = Path(job.folder)
     wall, cpu = time.perf_counter(), time.process_time()
     model.train(
@@ -241,6 +242,7 @@ def train(job: Job) -> dict[str, Any]:
         "cpu_seconds": cpu,
         "curve": watch.curve,
         "batches": watch.batches.value,
+        "start": callback.inherited if callback else "",
     }
     write_json(folder / "summary.json", summary)
     return summary

@@ -77,6 +77,13 @@ def test_markdown_names_the_setting_and_the_classes() -> None:
         assert part in text, part
 
 
+def test_where_the_student_began_is_said() -> None:
+    assert "thinned" not in markdown(comparison([0.44], [0.475]))
+    fgd = {**summary(0.475), "start": "inherit=auto: 9 of 9 parameters of the network were inherited."}
+    text = markdown(Comparison.from_summaries(summary(0.61), [summary(0.44)], [fgd]))
+    assert "begin as thinned teachers (`inherit=auto: 9 of 9 parameters of the network were inherited`)" in text
+
+
 def test_a_class_without_boxes_is_a_dash() -> None:
     result = Comparison.from_summaries(summary(0.6, star=None), [summary(0.4, star=None)], [summary(0.5, star=None)])
     assert "| star | - | - | - |" in markdown(result)
