@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fgd_hooks.parts import own_tensors
 from fgd_hooks.tapnames import unwrap
 from fgd_hooks.teacher import check_apart, check_finite
-from fgd_hooks.transfer import Inheritance, Parts, Unit, check_writable, inherit, tensors_of, units
+from fgd_hooks.transfer import Inheritance, Parts, Unit, inherit, join, units, write_tensors
 
 LEAST = 0.9
 """Share of the student's parameters that "auto" must be able to replace."""
@@ -109,11 +109,7 @@ def inherit_channels(student: nn.Module, teacher: nn.Module, *, least: float = 0
     if copied < least * of:
         reason = f"only {copied:,} of {of:,} parameters fit; " + next(iter(kept.values()), "")
         kept, values, copied = dict.fromkeys([*values, *kept], reason), {}, 0
-    mine = tensors_of(student)
-    check_writable(mine, values)
-    with torch.no_grad():
-        for name, value in values.items():
-            mine[name].copy_(value)
+    write_tensors(student, values)
     modules = [(name, name) for name, child in student.named_children() if any(map(own_tensors, child.modules()))]
     return Inheritance({name: name for name in values}, kept, {"network": modules}, copied, of)
 
@@ -137,7 +133,7 @@ def _thinned(unit: Unit, teacher: Mapping[str, nn.Module]) -> tuple[dict[str, Te
             if key == "weight" and not unit.normalised and isinstance(layer, Weighted):
                 inputs = _input_dim(layer)
                 value = value * (theirs.shape[inputs] / mine.shape[inputs])
-            values[f"{name}.{key}" if name else key] = value
+            values[join(name, key)] = value
     return values, ""
 
 

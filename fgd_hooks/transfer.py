@@ -10,7 +10,7 @@ which the paper calls the inheriting strategy. Between models of different width
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,7 +130,8 @@ def inherit(
                 names, reason = unit.fit(layers, name, counterpart)
                 plan.update(names)
                 kept.update(dict.fromkeys(unit.tensors, reason) if reason else {})
-    _copy(student, teacher, plan)
+    given = _tensors(teacher)
+    write_tensors(student, {name: given[other] for name, other in plan.items()})
     counts = {name: parameter.numel() for name, parameter in student.named_parameters()}
     copied = sum(counts.get(name, 0) for name in plan)
     return Inheritance(plan, kept, modules, copied, copied + sum(counts.get(name, 0) for name in kept))
@@ -190,7 +191,7 @@ class Unit:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers of all its layers by name."""
-        return {_join(name, key): t for name, layer in self.layers.items() for key, t in own_tensors(layer).items()}
+        return {join(name, key): t for name, layer in self.layers.items() for key, t in own_tensors(layer).items()}
 
     @property
     def normalised(self) -> bool:
@@ -201,7 +202,7 @@ class Unit:
         self, teacher: Mapping[str, nn.Module], prefix: str = "", counterpart: str = ""
     ) -> tuple[dict[str, str], str]:
         """The student's layers -> the teacher's of one kind, or nothing and the reason; ``teacher``: its modules."""
-        others = {name: _join(counterpart, name[len(prefix) :].lstrip(".")) for name in self.layers}
+        others = {name: join(counterpart, name[len(prefix) :].lstrip(".")) for name in self.layers}
         missing = [(other, _normalises(self.layers[name])) for name, other in others.items() if other not in teacher]
         if missing:
             fused = len(missing) < len(others) and all(norm for _, norm in missing)
@@ -223,9 +224,9 @@ class Unit:
             mine, theirs = own_tensors(self.layers[name]), own_tensors(teacher[other])
             for key, tensor in mine.items():
                 if tensor.shape != theirs[key].shape:
-                    shapes = f"{tuple(tensor.shape)}, the teacher's {_join(other, key)} {tuple(theirs[key].shape)}"
-                    return {}, f"{_join(name, key)} is {shapes}"
-                names[_join(name, key)] = _join(other, key)
+                    shapes = f"{tuple(tensor.shape)}, the teacher's {join(other, key)} {tuple(theirs[key].shape)}"
+                    return {}, f"{join(name, key)} is {shapes}"
+                names[join(name, key)] = join(other, key)
         return names, reason
 
 
@@ -249,25 +250,25 @@ def _normalises(layer: nn.Module) -> bool:
     return "norm" in type(layer).__name__.lower()
 
 
-def _join(*names: str) -> str:
+def join(*names: str) -> str:
+    """The dotted name of these parts; empty ones are left out."""
     return ".".join(name for name in names if name)
 
 
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers by name."""
-    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+def write_tensors(student: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Set parameters and buffers by name, in place; all can be changed, or none is.
 
-
-def check_writable(tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:
-    """Raise ValueError, before anything is changed, for a tensor that cannot be."""
-    for name in names:
-        if tensors[name].is_inference():
+    Raises:
+        ValueError: the student was made in inference mode.
+    """
+    mine = _tensors(student)
+    for name in values:
+        if mine[name].is_inference():
             raise ValueError(f"The student's {name} was made in inference mode and cannot be changed; build it anew.")
-
-
-def _copy(student: nn.Module, teacher: nn.Module, plan: Mapping[str, str]) -> None:
-    mine, theirs = tensors_of(student), tensors_of(teacher)
-    check_writable(mine, plan)
     with torch.no_grad():
-        for name, other in plan.items():
-            mine[name].copy_(theirs[other])
+        for name, value in values.items():
+            mine[name].copy_(value)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
