@@ -96,6 +96,7 @@ def study_command(arguments: argparse.Namespace) -> int:
 
 
 def _train(planner: Planner, arguments: argparse.Namespace) -> int:
+    from fgd_hooks.study.data import scan_labels
     from fgd_hooks.study.runner import Runner
 
     end_on_terminate()
@@ -111,6 +112,8 @@ def _train(planner: Planner, arguments: argparse.Namespace) -> int:
         plan = planner.plan(arguments.only, arguments.data, arguments.seeds)
         open_runs = [run for run in plan.runs if run.result() is None]
         print(f"{len(plan.runs)} runs, {len(plan.runs) - len(open_runs)} done before", flush=True)
+        for prepared in {run.prepared.yaml: run.prepared for run in open_runs}.values():
+            scan_labels(prepared)
         left = runner.run(plan.runs)
         if left or not plan.waiting or not open_runs or runner.failed:
             break

@@ -128,6 +128,22 @@ def prepare(name: str, source: Source, out: Path, fraction: float = 1.0, seed: i
     return Prepared(folder / "data.yaml", key, counts)
 
 
+def scan_labels(prepared: Prepared) -> None:
+    """Have Ultralytics scan the labels and write its caches beside them.
+
+    Trainings that start together would each write them, and one would find its file removed by the other.
+
+    Raises:
+        RuntimeError: Ultralytics found no usable image in a split.
+    """
+    from ultralytics.data import YOLODataset
+    from ultralytics.data.utils import check_det_dataset
+
+    data = check_det_dataset(str(prepared.yaml))
+    for split in ("train", "val"):
+        YOLODataset(img_path=data[split], data=data, augment=False)
+
+
 def _lay_out(into: Path, folder: Path, names: Sequence[str], labels: Mapping[str, Mapping[Path, str]]) -> None:
     for split, images in labels.items():
         for kind in ("images", "labels"):

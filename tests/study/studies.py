@@ -1,4 +1,4 @@
-"""A study of fake trainings: YOLO files, images of one pixel, and a program that writes results instead of training."""
+"""A study of fake trainings: YOLO files, small grey images, and a program that writes results instead of training."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make_data(folder: Path, train: int = 10, splits: tuple[str, ...] = ("train",
         for kind in ("images", "labels"):
             (folder / kind / split).mkdir(parents=True)
         for number in range(train if split == "train" else 3):
-            Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / "images" / split / f"{split}{number}.png")
+            Image.new("RGB", (16, 16), (number, 0, 0)).save(folder / "images" / split / f"{split}{number}.png")
             (folder / "labels" / split / f"{split}{number}.txt").write_text("0 0.5 0.5 0.5 0.5\n")
     file = folder / "data.yaml"
     file.write_text(yaml.safe_dump({**{split: f"images/{split}" for split in splits}, "names": {0: "a"}}))

@@ -50,6 +50,11 @@ def test_a_study_with_equal_compute_trains_to_its_end(study, capsys):
     assert sorted((run.arm, run.epochs) for run in done if run.arm == "same") == [("same", 10), ("same", 10)]
 
 
+def test_labels_are_scanned_once_before_trainings_that_would_do_it_together(study):
+    assert fgd(study, "--jobs", "2") == 0
+    assert {path.name for path in (study.parent / "runs").glob("data/*/labels/*.cache")} == {"train.cache", "val.cache"}
+
+
 def test_a_failed_run_gives_exit_code_1(study, capsys):
     arms = {"alone": {"kind": "alone", "train": {"lr0": 13}}, "same": {"kind": "alone", "compute": "alone"}}
     assert fgd(make_study(study.parent, arms=arms), "--jobs", "1") == 1

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from fgd_hooks.evaldata import read_data
-from fgd_hooks.study.data import Source, prepare, read_source, subset
+from fgd_hooks.study.data import Source, prepare, read_source, scan_labels, subset
 from fgd_hooks.study.spec import DataSpec, StudyError
 from tests.study.studies import make_data
 
@@ -103,3 +103,16 @@ def test_the_drawn_set_has_a_test_split_of_other_pictures(tmp_path):
     assert found["val"][0].read_bytes() != found["test"][0].read_bytes()
     with pytest.raises(StudyError, match=r"data\.a\.scenes"):
         read_source("a", DataSpec(scenes={"sise": 64}), None, tmp_path, tmp_path)
+
+
+def test_scanned_labels_are_not_scanned_again(tmp_path, monkeypatch):
+    from ultralytics.data import YOLODataset
+    from ultralytics.data.utils import check_det_dataset
+
+    make_data(tmp_path / "set")
+    source = read_source("a", DataSpec(yaml="set/data.yaml"), None, tmp_path, tmp_path / "out")
+    prepared = prepare("a", source, tmp_path / "out")
+    scan_labels(prepared)
+    monkeypatch.setattr(YOLODataset, "cache_labels", lambda *_: pytest.fail("scanned again"))
+    data = check_det_dataset(str(prepared.yaml))
+    assert [len(YOLODataset(img_path=data[split], data=data)) for split in ("train", "val")] == [10, 3]
