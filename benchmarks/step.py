@@ -59,7 +59,7 @@ class CallbackStep:
         self, student: nn.Module, teacher: Path, config: FGDConfig, batch: dict[str, Any], folder: Path
     ) -> None:
         from fgd_hooks.integrations.ultralytics_run import TrainingRun
-        from fgd_hooks.integrations.ultralytics_teacher import load_teacher
+        from fgd_hooks.integrations.ultralytics_teacher import fuse_files, load_teachers
 
         self.student, self.batch, self.optimizer = student, batch, adamw(student)
         self.trainer = Trainer(
@@ -76,7 +76,8 @@ class CallbackStep:
             wdir=folder,
             save_dir=folder,
         )
-        self.run = TrainingRun(self.trainer, [load_teacher(teacher, fuse=config.teacher.fuse)], config)
+        teachers = load_teachers(teacher)
+        self.run = TrainingRun(self.trainer, fuse_files(teachers, teacher) if config.teacher.fuse else teachers, config)
         self.run.install()
         self.measured: list[bool] = []
 
@@ -105,7 +106,7 @@ def yolo_arms(student: str, teacher: str, size: int, count: int, folder: Path) -
     def step_alone() -> None:
         finish(alone(batch)[0].sum(), alone_optimizer, alone)
 
-    wrapped = DistillationModel(load_teacher(file, fuse=False), yolo(student, args=args)).train()
+    wrapped = DistillationModel(load_teacher(file), yolo(student, args=args)).train()
     wrapped_optimizer = adamw(wrapped)
 
     def step_builtin() -> None:

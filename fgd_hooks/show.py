@@ -18,7 +18,7 @@ from fgd_hooks.evaldata.letterbox import load_letterboxed, load_sample
 from fgd_hooks.evaluate import data_file, load_detector
 from fgd_hooks.integrations.ultralytics_record import SETTINGS_FILE
 from fgd_hooks.integrations.ultralytics_run import SIDE_FILE
-from fgd_hooks.integrations.ultralytics_teacher import load_teachers, with_score_taps
+from fgd_hooks.integrations.ultralytics_teacher import fuse_files, load_teachers, with_score_taps
 from fgd_hooks.lessons import signature
 from fgd_hooks.registry import suggestion
 from fgd_hooks.sheets import LevelSheet, attention_distances, attention_sheets
@@ -97,7 +97,9 @@ def show(
         # "P3-teacher2-cwd: stride ..." is of the level P3
         saved = [str(each).partition(":")[0].partition("-")[0] for each in state.get("levels", [])]
         settings.levels = settings.levels or list(dict.fromkeys(saved)) or None
-    teachers = load_teachers(teacher, fuse=settings.teacher.fuse)
+    teachers = load_teachers(teacher)
+    if settings.teacher.fuse:
+        teachers = fuse_files(teachers, teacher)
     with Distiller(model, teachers, with_score_taps(settings, teachers)) as distiller:
         adapters, adapted = "There are no adapters to load: all levels have equal channels.", True
         if file:

@@ -9,7 +9,7 @@ from fgd_hooks.cli import main
 from fgd_hooks.evaldata import read_data
 from fgd_hooks.evaldata.letterbox import load_sample
 from fgd_hooks.integrations.ultralytics_run import SIDE_FILE
-from fgd_hooks.integrations.ultralytics_teacher import load_teacher
+from fgd_hooks.integrations.ultralytics_teacher import fused, load_teacher
 from fgd_hooks.sheets import attention_distances, attention_sheets
 from fgd_hooks.show import show
 from fgd_hooks.sidefile import SideFileError, read_side_file, write_side_file
@@ -48,7 +48,7 @@ def expected_distances(run, teacher_file, data, count):
 
     student = YOLO(str(run / "last.pt")).model.float()
     images = read_data(data).images[:count]
-    with Distiller(student, load_teacher(teacher_file), {"adapter": "mlp"}) as distiller:
+    with Distiller(student, fused(load_teacher(teacher_file)), {"adapter": "mlp"}) as distiller:
         distiller.load_training_state(read_side_file(run / SIDE_FILE)["distiller"])
         sheets = []
         for image in images:

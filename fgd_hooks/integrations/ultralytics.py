@@ -30,7 +30,7 @@ from fgd_hooks.integrations.ultralytics_inherit import inherit_into
 from fgd_hooks.integrations.ultralytics_record import named_config
 from fgd_hooks.integrations.ultralytics_run import TrainingRun, is_first_rank
 from fgd_hooks.integrations.ultralytics_task import check_task, check_text_encoder
-from fgd_hooks.integrations.ultralytics_teacher import fused, load_teachers
+from fgd_hooks.integrations.ultralytics_teacher import as_list, fuse_files, load_teachers
 from fgd_hooks.integrations.ultralytics_version import check_version
 from fgd_hooks.lessons import check_names
 from fgd_hooks.teacher import check_apart, check_finite
@@ -80,7 +80,7 @@ class FGDCallback:
         self.teacher: Any = [share.name for share in self.config.teachers] if teacher is None else teacher
         if isinstance(self.teacher, list) and (not self.teacher or None in self.teacher):
             raise ConfigError("There is no teacher: give teacher=, or teachers=[...] with the name of each one's file.")
-        count = len(self._given())
+        count = len(as_list(self.teacher))
         if self.config.teachers and len(self.config.teachers) != count:
             raise ConfigError(f"teachers has {len(self.config.teachers)} entries, but {count} teachers are given.")
         self.inherited = ""
@@ -109,7 +109,7 @@ class FGDCallback:
             check_task(model, self.config.boxes_from)
             check_text_encoder(student)
         if self._acts:
-            self._loaded = self._load()
+            self._loaded = load_teachers(self.teacher)
             for teacher in self._loaded:
                 check_finite(teacher)
                 if isinstance(student, nn.Module):
@@ -132,18 +132,11 @@ class FGDCallback:
     def __getstate__(self) -> dict[str, Any]:
         """The specification alone: this is what travels to the processes of a multi-GPU training."""
         several = isinstance(self.teacher, (list, tuple))
-        files = [_file_of(teacher) for teacher in self._given()]
+        files = [_file_of(teacher) for teacher in as_list(self.teacher)]
         return {"teacher": files if several else files[0], "config": self.config}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["teacher"], state["config"])  # type: ignore[misc]
-
-    def _given(self) -> list[Any]:
-        return list(self.teacher) if isinstance(self.teacher, (list, tuple)) else [self.teacher]
-
-    def _load(self) -> list[nn.Module]:
-        """The teachers; as they were trained where the student is to inherit, since fused layers do not fit."""
-        return load_teachers(self.teacher, fuse=self.config.teacher.fuse and not self.config.inherit)
 
     @property
     def _acts(self) -> bool:
@@ -158,16 +151,15 @@ class FGDCallback:
             return
         teachers, self._loaded = self._loaded, None
         if teachers is None:
-            teachers = self._load()
-        if self.config.inherit:
-            if not trainer.resume:
-                self.inherited, expected = inherit_into(trainer, teachers[0], self.config.inherit)
-                if self.inherited and is_first_rank():
-                    logger.log(logging.INFO if expected else logging.WARNING, "FGD: %s", self.inherited)
-            fuse = [self.config.teacher.fuse and isinstance(one, (str, Path)) for one in self._given()]
-            teachers = [fused(each) if wanted else each for each, wanted in zip(teachers, fuse, strict=True)]
+            teachers = load_teachers(self.teacher)
+        if not trainer.resume:
+            self.inherited, expected = inherit_into(trainer, teachers[0], self.config.inherit)
+            if self.inherited and is_first_rank():
+                logger.log(logging.INFO if expected else logging.WARNING, "FGD: %s", self.inherited)
         if self.config.weight == 0:
             return
+        if self.config.teacher.fuse:
+            teachers = fuse_files(teachers, self.teacher)
         run = TrainingRun(trainer, teachers, named_config(self.config, self.teacher))
         self._runs[trainer] = run
         run.install()

@@ -23,7 +23,7 @@ from fgd_hooks.integrations.ultralytics_inherit import inherit_into
 from fgd_hooks.integrations.ultralytics_record import named_config
 from fgd_hooks.integrations.ultralytics_run import TrainingRun
 from fgd_hooks.integrations.ultralytics_task import check_task, images_counted
-from fgd_hooks.integrations.ultralytics_teacher import fused, load_teachers
+from fgd_hooks.integrations.ultralytics_teacher import as_list, fuse_files, load_teachers
 from fgd_hooks.tapnames import TapError
 from fgd_hooks.teacher import TeacherError, check_apart, check_finite
 
@@ -62,8 +62,8 @@ def diagnose(
     if settings.get("resume"):
         raise ConfigError("resume= makes no sense for a check-up; give the last.pt as model=.")
     check_task(model, config.boxes_from)
-    files = [teacher] if isinstance(teacher, (str, Path)) else list(teacher)
-    modules = load_teachers(files, fuse=config.teacher.fuse and not config.inherit)
+    files = as_list(teacher)
+    modules = load_teachers(files)
     try:
         for module in modules:
             check_finite(module)
@@ -77,12 +77,14 @@ def diagnose(
     with quiet_ultralytics():
         # first, since it knows misspelt settings
         named = named_config(config, teacher)
-        findings = _examine(model, modules, named, {**settings, "data": data})
+        findings = _examine(model, modules, files, named, {**settings, "data": data})
         quality = [check_quality(str(file), trained or None, data, measured) for file in files]
     return Report((*quality, *findings))
 
 
-def _examine(model: Any, teachers: Sequence[nn.Module], config: FGDConfig, settings: dict[str, Any]) -> list[Finding]:
+def _examine(
+    model: Any, teachers: Sequence[nn.Module], files: Sequence[str | Path], config: FGDConfig, settings: dict[str, Any]
+) -> list[Finding]:
     """Let Ultralytics build a training, and examine the distillation where it would begin."""
     config = dataclasses.replace(config, log_interval=0)
     base = model.task_map[model.task]["trainer"]
@@ -95,8 +97,8 @@ def _examine(model: Any, teachers: Sequence[nn.Module], config: FGDConfig, setti
             text = line or "The student begins with the weights that it has."
             found.append(Finding("green" if expected else "yellow", "start", text))
             try:
-                fuse = config.teacher.fuse and config.inherit  # else they are fused already
-                run = TrainingRun(self, [fused(each) if fuse else each for each in teachers], config)
+                modules = fuse_files(teachers, files) if config.teacher.fuse else teachers
+                run = TrainingRun(self, modules, config)
             except ConfigError:
                 raise
             except (TapError, ValueError) as error:

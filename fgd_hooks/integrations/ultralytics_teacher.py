@@ -17,16 +17,14 @@ from fgd_hooks.registry import suggestion
 from fgd_hooks.teacher import TeacherError
 
 
-def load_teacher(teacher: str | Path | nn.Module | Any, *, fuse: bool = True) -> nn.Module:
-    """The teacher's module, in float32.
+def load_teacher(teacher: str | Path | nn.Module | Any) -> nn.Module:
+    """The teacher's module, as it was trained: its batch normalisations are not folded in; from a file, in float32.
 
     A file goes through Ultralytics' own loader, which unpickles it: load weights only from a source that you trust.
 
     Args:
         teacher: a weights file (or the name of one that Ultralytics knows where to download), a ``YOLO`` object, or a
             module, which is used as it is.
-        fuse: fold batch normalisations into convolutions, and store weights channels-last, where the teacher is loaded
-            from a file here.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -35,7 +33,7 @@ def load_teacher(teacher: str | Path | nn.Module | Any, *, fuse: bool = True) ->
     if isinstance(teacher, (str, Path)):
         module: nn.Module = _load_file(Path(teacher))
         _check_task(module, str(teacher))
-        return fused(module) if fuse else module
+        return module
     given = getattr(teacher, "model", None) if hasattr(teacher, "add_callback") else teacher
     if not isinstance(given, nn.Module):
         raise TeacherError(
@@ -46,12 +44,27 @@ def load_teacher(teacher: str | Path | nn.Module | Any, *, fuse: bool = True) ->
     return given
 
 
-def load_teachers(teacher: Any, *, fuse: bool = True) -> list[nn.Module]:
+def load_teachers(teacher: Any) -> list[nn.Module]:
     """One teacher, or each of a list of them, as :func:`load_teacher` takes it."""
-    each = teacher if isinstance(teacher, (list, tuple)) else [teacher]
-    if not each:
+    if not (each := as_list(teacher)):
         raise TeacherError("The list of teachers is empty; give at least one.")
-    return [load_teacher(one, fuse=fuse) for one in each]
+    return [load_teacher(one) for one in each]
+
+
+def fuse_files(modules: Sequence[nn.Module], teacher: Any) -> list[nn.Module]:
+    """The loaded teachers, fused where they come from files; what the user holds is left as it is.
+
+    Args:
+        modules: from :func:`load_teachers`, after the student has inherited: it cannot from fused layers.
+        teacher: what they were loaded from.
+    """
+    each = zip(modules, as_list(teacher), strict=True)
+    return [fused(module) if isinstance(given, (str, Path)) else module for module, given in each]
+
+
+def as_list(teacher: Any) -> list[Any]:
+    """One teacher or several, as a list."""
+    return list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
 
 
 def with_score_taps(config: FGDConfig, teachers: Sequence[nn.Module]) -> FGDConfig:

@@ -173,7 +173,7 @@ def test_a_teacher_without_common_levels(diagnosed, monkeypatch):
 
     shallow = Shallow()
     monkeypatch.setattr(ultralytics_doctor, "load_teachers", lambda *_, **__: [shallow])
-    report = diagnosed("inherit=null")
+    report = diagnosed("inherit=null", "teacher.fuse=false")
     assert report.of("levels").status == "red"
     assert "no feature level of the same stride" in report.of("levels").found
 

@@ -83,7 +83,7 @@ def test_ranks_inherit_alike(two_ranks, teacher_file, tmp_path):
     folder = two_ranks(model=architecture(tmp_path, "yolo26n.yaml", WIDE), epochs=1, nbs=8, inherit="neck+head")
     one, other = recorded(folder, 0, "start"), recorded(folder, 1, "start")
     assert_equal_on_both(one, other)
-    teacher, layer = load_teacher(teacher_file, fuse=False).state_dict(), "model.13.cv1.conv.weight"
+    teacher, layer = load_teacher(teacher_file).state_dict(), "model.13.cv1.conv.weight"
     assert torch.equal(one["student"][layer], teacher[layer])
     assert not torch.equal(one["student"]["model.0.conv.weight"], teacher["model.0.conv.weight"])
     assert_equal_on_both(recorded(folder, 0), recorded(folder, 1))

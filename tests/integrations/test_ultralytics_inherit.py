@@ -38,7 +38,7 @@ def like_teacher(tmp_path):
 
 @pytest.fixture
 def teachers(teacher_file):
-    return load_teacher(teacher_file, fuse=False).state_dict()
+    return load_teacher(teacher_file).state_dict()
 
 
 def in_parts(model, *parts):
@@ -121,7 +121,7 @@ def test_an_untrained_student_begins_as_a_thinned_teacher_and_a_trained_one_does
 
     train(FGDCallback(teacher_file), hooks=[("on_train_start", look)])
     expected = detection_model(student_yaml)
-    inherit_channels(expected, load_teacher(teacher_file, fuse=False))
+    inherit_channels(expected, load_teacher(teacher_file))
     layer = "model.1.conv.weight"
     assert torch.equal(expected.state_dict()[layer], teachers[layer][::2])
     for name, value in expected.state_dict().items():

@@ -23,7 +23,7 @@ def columns(folder):
 
 def test_two_teachers_and_two_losses_train_and_resume_and_leave_a_record(train, teacher_file, tmp_path):
     config = {"losses": ["fgd", {"name": "cwd", "weight": 0.5}], "teachers": [{}, {"weight": 0.5, "levels": ["P5"]}]}
-    teachers = [str(teacher_file), load_teacher(teacher_file, fuse=False)]
+    teachers = [str(teacher_file), load_teacher(teacher_file)]
     seen = {}
 
     def look(trainer):
@@ -66,7 +66,7 @@ def test_several_teachers_from_the_command_line(teacher_file, student_yaml, data
 @pytest.mark.parametrize(("fuse", "branch"), [(False, "cv3"), (True, "cv3"), (True, "one2one_cv3")])
 def test_class_scores_of_a_yolo_teacher(teacher_file, fuse, branch):
     """What the taps see is the class half of what the head itself puts together."""
-    teacher = load_teacher(teacher_file, fuse=False).eval()
+    teacher = load_teacher(teacher_file).eval()
     if branch == "one2one_cv3":
         teacher.model[-1].end2end = True  # fusing then drops the one-to-many branch
     if fuse:
