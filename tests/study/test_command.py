@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,14 @@ def test_dry_run_lists_and_trains_nothing(study, capsys):
     fgd(study, "--dry-run")
     states = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert (states.count("done"), states.count("to")) == (3, 2)
+
+
+def test_a_reader_that_stops_early_is_no_error(study):
+    command = [sys.executable, "-m", "fgd_hooks.cli", "study", str(study), "--dry-run", "--out", "runs"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
 
 
 def test_a_study_with_equal_compute_trains_to_its_end(study, capsys):
