@@ -21,6 +21,7 @@ examples:
   fgd study configs/studies/default.yaml --data-root DATA --test
   fgd study configs/studies/default.yaml --data-root DATA --collect
   fgd study docs/results/default --table
+  fgd study docs/results/bccd docs/results/raccoon --overview docs/results/overview.md
 """
 
 
@@ -32,7 +33,12 @@ def add_parser(commands: Any) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    study.add_argument("study", type=Path, help="study file; with --table also a folder of collected results")
+    study.add_argument(
+        "study",
+        type=Path,
+        nargs="+",
+        help="study file; with --table also a folder of collected results, with --overview several of these",
+    )
     study.add_argument("--out", type=Path, default=Path("runs/studies"), help="folder of the runs; studies share it")
     root = os.environ.get("FGD_DATA")
     study.add_argument(
@@ -62,21 +68,32 @@ def add_parser(commands: Any) -> None:
         metavar="DIR",
         help=f"make tables and plots from DIR/STUDY ({RESULTS}) alone",
     )
+    study.add_argument(
+        "--overview", type=Path, metavar="FILE", help="one table of what the default gains in all these folders"
+    )
     study.set_defaults(run=study_command)
 
 
 def study_command(arguments: argparse.Namespace) -> int:
     """Do what the command line says; returns 1 where a run failed."""
-    if arguments.table is not None and arguments.study.is_dir():
-        return _table(arguments.study)
-    spec = load_study(arguments.study)
+    if arguments.overview is not None:
+        from fgd_hooks.study.overview import write_overview
+
+        print(write_overview(arguments.study, arguments.overview))
+        return 0
+    if len(arguments.study) > 1:
+        raise StudyError(f"{len(arguments.study)} studies are given; more than one goes with --overview alone.")
+    (file,) = arguments.study
+    if arguments.table is not None and file.is_dir():
+        return _table(file)
+    spec = load_study(file)
     for given, known, kind in ((arguments.only, spec.arms, "arm"), (arguments.data, spec.data, "data set")):
         unknown = [name for name in given or () if name not in known]
         if unknown:
-            raise StudyError(f"There is no {kind} {unknown[0]!r} in {arguments.study}; it has {', '.join(known)}.")
+            raise StudyError(f"There is no {kind} {unknown[0]!r} in {file}; it has {', '.join(known)}.")
     if arguments.table is not None and arguments.collect is None:
         return _table(arguments.table / spec.name)
-    planner = Planner(spec, arguments.study.resolve(), arguments.out.resolve(), arguments.data_root)
+    planner = Planner(spec, file.resolve(), arguments.out.resolve(), arguments.data_root)
     if not (arguments.dry_run or arguments.test or arguments.collect):
         return _train(planner, arguments)
     plan = planner.plan(arguments.only, arguments.data, arguments.seeds)

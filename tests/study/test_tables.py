@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fgd_hooks.study.overview import write_overview
 from fgd_hooks.study.spec import StudyError
 from fgd_hooks.study.tables import group_records, markdown, read_records, write_tables
 
-BCCD = Path(__file__).parents[2] / "docs" / "results" / "bccd"
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+BCCD = RESULTS / "bccd"
 
 
 def write(folder: Path, arm: str, seed: int, value: float, *, cpu: float = 10.0, test: float | None = None, **more):
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True, parents=True)
     results = {"val": {"map50_95": value, "per_class": [{"name": "a", "map50_95": value}]}}
     if test is not None:
         results["test"] = {"map50_95": test, "per_class": [{"name": "a", "map50_95": test}]}
@@ -139,3 +141,28 @@ def test_bccd_is_rebuilt_from_the_repository(tmp_path):
     assert (folder / "tables.md").read_text(encoding="utf-8") == text
     picture = np.asarray(Image.open(folder / "bccd-yolo26-half-val.png").convert("RGB"))
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
+
+
+def test_the_overview_by_hand(tmp_path):
+    for seed, (alone, longer, fgd) in enumerate([(0.40, 0.41, 0.45), (0.42, 0.40, 0.46), (0.44, 0.42, 0.47)]):
+        write(tmp_path / "one", "alone", seed, alone)
+        write(tmp_path / "one", "alone_same_compute", seed, longer)
+        write(tmp_path / "one", "fgd", seed, fgd, cpu=15)
+    write(tmp_path / "one", "teacher", 0, 0.48)
+    write(tmp_path / "two", "alone", 0, 0.10, test=0.11)
+    write(tmp_path / "two", "fgd", 0, 0.20, test=0.22)
+    write(tmp_path / "without", "alone", 0, 0.10)
+    text = write_overview([tmp_path / name for name in ("one", "two", "without")], tmp_path / "overview.md")
+    assert (tmp_path / "overview.md").read_text() == text
+    assert "| d | n | val | 3 | 42.0 ± 2.0 | 46.0 ± 1.0 | 48.0 | 67 % | 1.50 |" in text
+    # the differences are 5, 4, 3 and 4, 6, 5 points: standard deviation 1, so 4.302653 / sqrt(3) on either side
+    assert "| d | n | val | +4.0 (+1.5 .. +6.5) | +5.0 (+2.5 .. +7.5) | - | - | - |" in text
+    assert "| d | n | test | 1 | 11.0 | 22.0 | - | - | 1.00 |" in text
+    assert text.count("| d | n |") == 6
+
+
+def test_the_tables_of_the_repository_follow_from_its_records():
+    for file in RESULTS.glob("*/tables.md"):
+        study, records = read_records(file.parent)
+        groups = group_records(records, study.get("arms", ()), study.get("baseline", "alone"))
+        assert markdown(study, groups, file.parent.name) == file.read_text(encoding="utf-8"), file

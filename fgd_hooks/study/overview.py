@@ -1,0 +1,86 @@
+"""One table across studies: what the default gains on each data set and split, against each arm that it should beat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fgd_hooks.reporting import markdown_table, spread
+from fgd_hooks.study.tables import SUBJECT, Arm, Group, group_records, interval_text, read_records
+
+RIVALS = {
+    "alone": "the student alone",
+    "alone_same_compute": "alone, same compute",
+    "builtin": "the built-in distillation",
+    "start": "the start alone",
+    "start_same_compute": "the start alone, same compute",
+}
+"""Arms that the default is compared with, by name; a study that lacks one leaves the cell empty."""
+
+INTRODUCTION = (
+    "mAP50-95 by pycocotools of the last weights, per cent: mean ± standard deviation over the seeds. Less ...: "
+    f"the mean of what `{SUBJECT}` has more with the same seed, and its 95 % t-interval. Gap: the difference to the "
+    "student alone as a share of what the teacher is above it. CPU: seconds of the training as a multiple of those "
+    "of the student alone."
+)
+
+
+def write_overview(folders: Sequence[Path], file: Path) -> str:
+    """Write the overview of several folders of collected results as Markdown; returns it.
+
+    Raises:
+        FileNotFoundError, StudyError: a folder holds no results, see :func:`fgd_hooks.study.tables.read_records`.
+    """
+    gains: list[tuple[str, ...]] = []
+    differences: list[tuple[str, ...]] = []
+    sources: dict[str, None] = {}
+    for folder in folders:
+        study, records = read_records(folder)
+        for group in group_records(records, study.get("arms", ())):
+            arms = {arm.name: arm for arm in group.arms}
+            for split in group.splits():
+                if SUBJECT in arms and arms[SUBJECT].values(split):
+                    gains.append(_gain_row(group, arms[SUBJECT], split))
+                    differences.append(_difference_row(group, arms, split))
+                    sources[f"[{folder.name}]({folder.name}/tables.md)"] = None
+    what = ("data", "student", "split")
+    lines = [
+        "# What the default gains, on every set and regime that was tried",
+        "",
+        INTRODUCTION,
+        "",
+        *markdown_table((*what, "seeds", "alone", f"`{SUBJECT}`", "teacher", "gap", "CPU"), gains),
+        "",
+        *markdown_table((*what, *(f"less {text}" for text in RIVALS.values())), differences),
+        "",
+        "From: " + ", ".join(sources) + ".",
+    ]
+    text = "\n".join(lines) + "\n"
+    file.write_text(text, encoding="utf-8")
+    return text
+
+
+def _gain_row(group: Group, subject: Arm, split: str) -> tuple[str, ...]:
+    mine = subject.values(split)
+    alone = list(group.baseline.values(split).values()) if group.baseline else []
+    teacher = group.teacher.value(split) if group.teacher else None
+    closed, cost = group.closed(subject, split), group.cost(subject)
+    return (
+        group.data,
+        group.student,
+        split,
+        str(len(mine)),
+        spread(alone) if alone else "-",
+        spread(list(mine.values())),
+        "-" if teacher is None else f"{teacher:.1f}",
+        "-" if closed is None else f"{100 * closed:.0f} %",
+        "-" if cost is None else f"{cost:.2f}",
+    )
+
+
+def _difference_row(group: Group, arms: dict[str, Arm], split: str) -> tuple[str, ...]:
+    cells = []
+    for rival in RIVALS:
+        gain = group.gain(arms[SUBJECT], split, arms[rival]) if rival in arms else None
+        cells.append("-" if gain is None else f"{gain.mean:+.1f} ({interval_text(gain)})")
+    return (group.data, group.student, split, *cells)
