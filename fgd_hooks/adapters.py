@@ -4,19 +4,20 @@ An adapter maps (N, C_student, H, W) to (N, C_teacher, H, W). Register one of yo
 
     @register_adapter("deep")
     def deep(student_channels: int, teacher_channels: int) -> nn.Module: ...
+
+One that has ``wants_fit`` and ``fit(student, teacher)``, as :class:`~fgd_hooks.fitted.FittedConv`, is fitted to the
+features of the first batch that is distilled, before it is used.
 """
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
+from fgd_hooks.fitted import FittedConv, align
 from fgd_hooks.registry import Factory, Registry
-from fgd_hooks.selection import evenly_spaced
 
 ADAPTERS = Registry("adapter")
 
@@ -32,8 +33,8 @@ def list_adapters() -> list[str]:
 
 
 def automatic_adapter(student_channels: int, teacher_channels: int) -> str:
-    """What ``"auto"`` stands for: ``identity`` where the channels match and ``aligned`` elsewhere."""
-    return "identity" if student_channels == teacher_channels else "aligned"
+    """What ``"auto"`` stands for: ``identity`` where the channels match and ``fitted`` elsewhere."""
+    return "identity" if student_channels == teacher_channels else "fitted"
 
 
 def create_adapter(name: str, student_channels: int, teacher_channels: int) -> nn.Module:
@@ -76,17 +77,17 @@ def conv1x1(student_channels: int, teacher_channels: int) -> nn.Module:
 def aligned(student_channels: int, teacher_channels: int) -> nn.Module:
     """One 1x1 convolution with bias that begins by repeating the student's channels (or by taking evenly spaced ones).
 
-    The teacher's channel j begins as the student's channel j * C_student // C_teacher. In a student that began as
-    evenly spaced channels of its teacher (:mod:`fgd_hooks.selection`) this is the channel that was taken, or its
-    neighbour. From another start it is as good as random weights, and the gradient that reaches the student is one of
-    its own channels from the first step on.
+    The teacher's channel j begins as the student's channel j * C_student // C_teacher.
     """
     conv = nn.Conv2d(student_channels, teacher_channels, 1)
-    with torch.no_grad():
-        conv.weight.zero_()
-        conv.weight[torch.arange(teacher_channels), evenly_spaced(teacher_channels, student_channels)] = 1
-        nn.init.zeros_(typing.cast(nn.Parameter, conv.bias))
+    align(conv)
     return conv
+
+
+@register_adapter("fitted")
+def fitted(student_channels: int, teacher_channels: int) -> nn.Module:
+    """As ``aligned``, and fitted to the teacher's features by ridge regression in the first step that distils."""
+    return FittedConv(student_channels, teacher_channels)
 
 
 @register_adapter("conv1x1_bn")

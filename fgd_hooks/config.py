@@ -213,7 +213,7 @@ class FGDConfig(Section):
         student_taps: where the student's levels are (names, globs); null: the maps that feed its head.
         teacher_taps: the same for the teacher.
         levels: names of the levels to use ("P3", ...) out of those that pair; null: all.
-        adapter: a registered adapter, or "auto" (identity where channels match, aligned elsewhere).
+        adapter: a registered adapter, or "auto" (identity where channels match, fitted elsewhere).
         resize: resample the student's map where its size differs from the teacher's; an error otherwise.
         inherit: what an integration copies of the teacher's weights into the student before a training begins.
             "channels": evenly spaced channels of every layer, for a student of the teacher's architecture that is

@@ -235,6 +235,7 @@ class Distiller(nn.Module):
                 f"{features[0].shape[0]}. Pass one (n, 4) tensor per image, empty where it has no object."
             )
         taught, scores = self._teach(images, device)
+        self._fit_adapters(features, taught)
         self.balance.to(device)
         measuring = self.balance.next_step()
         if measuring:
@@ -273,6 +274,13 @@ class Distiller(nn.Module):
             scores += [None if pair.scores is None else next(more) for pair in mine]
         return features, scores
 
+    def _fit_adapters(self, features: list[Tensor], taught: list[Tensor]) -> None:
+        """Fit the adapters that want it to this batch, before they are used for the first time."""
+        for pair, feature, target in zip(self.pairs, features, taught, strict=True):
+            adapter: Any = self.adapters[pair.name]
+            if getattr(adapter, "wants_fit", False):
+                adapter.fit(self._resized(pair, feature.detach(), target.shape[2:]), target)
+
     def adapt(self, pair: Lesson, student: Tensor, size: Sequence[int]) -> Tensor:
         """The student's feature (N, C, H, W) of a level through its adapter, with the teacher's (h, w) cells.
 
@@ -289,14 +297,22 @@ class Distiller(nn.Module):
             if own is not None and (narrow or not autocast):
                 student = student.to(own.dtype)  # a student that ran under autocast, or in half precision
             adapted: Tensor = adapter(student)
-        if adapted.shape[2:] != tuple(size):
-            if not self.config.resize:
-                raise ValueError(
-                    f"At level {pair.name} the student's map is {tuple(adapted.shape[2:])} and the teacher's "
-                    f"{tuple(size)} cells. Give both models the same input size, or set resize=true."
-                )
-            adapted = nn.functional.interpolate(adapted, tuple(size), mode="bilinear", align_corners=False)
-        return adapted
+        return self._resized(pair, adapted, size)
+
+    def _resized(self, pair: Lesson, feature: Tensor, size: Sequence[int]) -> Tensor:
+        """A student's map with (h, w) cells.
+
+        Raises:
+            ValueError: it has other ones, and ``resize`` is off.
+        """
+        if feature.shape[2:] == tuple(size):
+            return feature
+        if not self.config.resize:
+            raise ValueError(
+                f"At level {pair.name} the student's map is {tuple(feature.shape[2:])} and the teacher's "
+                f"{tuple(size)} cells. Give both models the same input size, or set resize=true."
+            )
+        return nn.functional.interpolate(feature, tuple(size), mode="bilinear", align_corners=False)
 
     @staticmethod
     def pack(

@@ -22,7 +22,7 @@ def test_counts_by_hand():
     distiller = Distiller(student, teacher, {"loss": {"name": "imitation"}})
     cost = extra_cost(distiller, 5, 64)
     assert cost.teacher_flops == 5 * sum(convolution(*layer) for layer in TEACHER)
-    # aligned (1x1) at P4 and P5: forward, gradient of the weights, gradient of the feature
+    # fitted (1x1) at P4 and P5: forward, gradient of the weights, gradient of the feature
     assert cost.own_flops == 5 * 3 * (convolution(12, 16, 1, 16) + convolution(16, 24, 1, 4))
     assert cost.parameters == 12 * 16 + 16 + 16 * 24 + 24
     assert cost.feature_bytes == 5 * 2 * 4 * (8 * 64 + 16 * 16 + 24 * 4)
@@ -34,7 +34,7 @@ def test_the_line_names_what_matters():
     student = trained(TinyDetector((8, 12, 16)))
     line = str(extra_cost(Distiller(student, trained(TinyDetector((8, 16, 24)))), 4, 64))
     assert "\n" not in line
-    for part in ("TinyDetector", "P3 8->8 channels (identity)", "P5 24->16 channels (aligned)", "4 images of 64x64"):
+    for part in ("TinyDetector", "P3 8->8 channels (identity)", "P5 24->16 channels (fitted)", "4 images of 64x64"):
         assert part in line
     for unit in ("parameters", "GFLOPs", "MB"):
         assert unit in line

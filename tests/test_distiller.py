@@ -18,6 +18,7 @@ from fgd_hooks import (
     load_config,
     register_loss,
 )
+from fgd_hooks.fitted import FittedConv
 from fgd_hooks.health import NonFiniteError
 from fgd_hooks.losses import LOSSES, FeatureLoss, LossResult
 from fgd_hooks.teacher import FrozenTeacher
@@ -172,8 +173,9 @@ def test_holds_what_is_trained_and_nothing_else(models):
     theirs = {id(p) for model in models for p in model.parameters()}
     assert not theirs & {id(p) for p in distiller.parameters()}
     assert all(key.startswith(("adapters.", "losses.")) for key in distiller.state_dict())
-    assert {name for name, _ in distiller.named_parameters()} == set(distiller.state_dict())
-    assert [type(m) for m in distiller.adapters.values()] == [nn.Identity, nn.Conv2d, nn.Conv2d]
+    flags = {f"adapters.{level}.fitted" for level in ("P4", "P5")}
+    assert {name for name, _ in distiller.named_parameters()} == set(distiller.state_dict()) - flags
+    assert [type(m) for m in distiller.adapters.values()] == [nn.Identity, FittedConv, FittedConv]
 
 
 def test_the_teacher_stays_frozen_and_in_eval_mode(models):

@@ -116,7 +116,7 @@ def test_leaves_no_trace(models, outcome):
 def test_numbers_of_the_loss_scale(models):
     """The raw ratio by its definition: norms of the two gradients at the student's feature."""
     student, teacher = models
-    distiller = Distiller(student, teacher, FIXED)
+    distiller = Distiller(student, teacher, {**FIXED, "adapter": "aligned"})
     images, boxes = batch()
     report = check(student, teacher, distiller=distiller)
     task = task_loss(student, images)

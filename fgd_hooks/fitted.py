@@ -1,0 +1,98 @@
+"""The adapter that is fitted to the teacher in one step, before anything is distilled through it.
+
+An adapter with other weights than these pulls the student's features in directions of its own until it is trained, and
+the gradient that the student gets meanwhile says little about the teacher. That costs a student most that has something
+to lose: one that was trained before, or that began as a thinned copy of its teacher.
+"""
+
+from __future__ import annotations
+
+import typing
+
+import torch
+from torch import Tensor, nn
+
+from fgd_hooks.distributed import is_distributed
+from fgd_hooks.selection import evenly_spaced
+
+RIDGE = 0.05
+"""Least weight of the regression's prior, as a share of the mean variance of the student's channels."""
+
+MAX_CELLS = 16384
+"""As many cells of a batch are enough for any width; more are left out evenly."""
+
+
+class FittedConv(nn.Conv2d):
+    """One 1x1 convolution with bias, (N, C_student, H, W) to (N, C_teacher, H, W), that :meth:`fit` sets once.
+
+    Before that, the teacher's channel j is the student's channel j * C_student // C_teacher: in a student that began as
+    evenly spaced channels of its teacher (:mod:`fgd_hooks.selection`) the channel that was taken, or its neighbour.
+
+    Attributes:
+        fitted: () bool, part of the state: weights that were fitted and trained are not fitted again.
+    """
+
+    fitted: Tensor
+
+    def __init__(self, student_channels: int, teacher_channels: int) -> None:
+        super().__init__(student_channels, teacher_channels, 1)
+        self.register_buffer("fitted", torch.tensor(False))
+        self._known_fitted = False
+        align(self)
+
+    @property
+    def wants_fit(self) -> bool:
+        """Whether :meth:`fit` has still to come. Waits for the device until it has."""
+        if not self._known_fitted:
+            self._known_fitted = bool(self.fitted)
+        return not self._known_fitted
+
+    @torch.no_grad()
+    def fit(self, student: Tensor, teacher: Tensor) -> None:
+        """Ridge regression of the teacher's channels on the student's, over the cells of a batch.
+
+        Minimises sum |t - W s - b|² + r |W - W0|² with the weights W0 at hand; r is the number of cells times the mean
+        variance of the student's channels times ``max(RIDGE, C_student / cells)``. Where the features hold NaN or
+        infinity, the weights stay as they are. Several processes fit to the cells of all of them.
+
+        Args:
+            student: (N, C_student, H, W) features.
+            teacher: (N, C_teacher, H, W) features of the same size.
+        """
+        start = self.weight.flatten(1).double()
+        s, t = _cells(student), _cells(teacher)
+        start = start.to(s)
+        rest = t - s @ start.t()
+        count = s.new_tensor([s.shape[0]])
+        both = torch.cat([s, rest], dim=1)
+        sums, products = both.sum(0), s.t() @ both
+        if is_distributed():
+            for each in (count, sums, products):
+                torch.distributed.all_reduce(each)
+        mean = sums / count
+        width = s.shape[1]
+        covariance = products / count - torch.outer(mean[:width], mean)
+        gram, cross = covariance[:, :width], covariance[:, width:]
+        ridge = gram.diagonal().mean() * torch.clamp(width / count, min=RIDGE)
+        change, failed = torch.linalg.solve_ex(gram + ridge * torch.eye(width).to(gram), cross)
+        bias = mean[width:] - mean[:width] @ change
+        if not failed and torch.isfinite(change).all() and torch.isfinite(bias).all():
+            self.weight.copy_((start + change.t())[:, :, None, None])
+            typing.cast(nn.Parameter, self.bias).copy_(bias)
+        self.fitted.fill_(True)
+        self._known_fitted = True
+
+
+def align(conv: nn.Conv2d) -> None:
+    """Let a 1x1 convolution repeat its input channels (or take evenly spaced ones), in place."""
+    with torch.no_grad():
+        conv.weight.zero_()
+        conv.weight[torch.arange(conv.out_channels), evenly_spaced(conv.out_channels, conv.in_channels)] = 1
+        nn.init.zeros_(typing.cast(nn.Parameter, conv.bias))
+
+
+def _cells(feature: Tensor) -> Tensor:
+    """(cells, C) of a feature map (N, C, H, W), at most :data:`MAX_CELLS`, in float64."""
+    cells = feature.detach().movedim(1, -1).flatten(0, -2)
+    cells = cells[:: max(1, -(-cells.shape[0] // MAX_CELLS))]
+    return (cells.cpu() if cells.device.type == "mps" else cells).double()  # MPS has no float64
