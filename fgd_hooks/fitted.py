@@ -59,9 +59,7 @@ class FittedConv(nn.Conv2d):
             student: (N, C_student, H, W) features.
             teacher: (N, C_teacher, H, W) features of the same size.
         """
-        start = self.weight.flatten(1).double()
-        s, t = _cells(student), _cells(teacher)
-        start = start.to(s)
+        start, s, t = _wide(self.weight.flatten(1)), _cells(student), _cells(teacher)
         rest = t - s @ start.t()
         count = s.new_tensor([s.shape[0]])
         both = torch.cat([s, rest], dim=1)
@@ -95,4 +93,9 @@ def _cells(feature: Tensor) -> Tensor:
     """(cells, C) of a feature map (N, C, H, W), at most :data:`MAX_CELLS`, in float64."""
     cells = feature.detach().movedim(1, -1).flatten(0, -2)
     cells = cells[:: max(1, -(-cells.shape[0] // MAX_CELLS))]
-    return (cells.cpu() if cells.device.type == "mps" else cells).double()  # MPS has no float64
+    return _wide(cells)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has none (MPS)."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
