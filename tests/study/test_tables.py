@@ -166,3 +166,8 @@ def test_the_tables_of_the_repository_follow_from_its_records():
         study, records = read_records(file.parent)
         groups = group_records(records, study.get("arms", ()), study.get("baseline", "alone"))
         assert markdown(study, groups, file.parent.name) == file.read_text(encoding="utf-8"), file
+
+
+def test_the_overview_of_the_repository_follows_from_its_records(tmp_path):
+    folders = [RESULTS / name for name in ("bccd", "few_labels", "raccoon", "scenes")]
+    assert write_overview(folders, tmp_path / "overview.md") == (RESULTS / "overview.md").read_text(encoding="utf-8")
