@@ -76,8 +76,8 @@ class CallbackStep:
             wdir=folder,
             save_dir=folder,
         )
-        teachers = load_teachers(teacher)
-        self.run = TrainingRun(self.trainer, fuse_files(teachers, teacher) if config.teacher.fuse else teachers, config)
+        teachers = fuse_files(load_teachers(teacher), teacher, config.teacher)
+        self.run = TrainingRun(self.trainer, teachers, config)
         self.run.install()
         self.measured: list[bool] = []
 

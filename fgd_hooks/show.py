@@ -97,9 +97,7 @@ def show(
         # "P3-teacher2-cwd: stride ..." is of the level P3
         saved = [str(each).partition(":")[0].partition("-")[0] for each in state.get("levels", [])]
         settings.levels = settings.levels or list(dict.fromkeys(saved)) or None
-    teachers = load_teachers(teacher)
-    if settings.teacher.fuse:
-        teachers = fuse_files(teachers, teacher)
+    teachers = fuse_files(load_teachers(teacher), teacher, settings.teacher)
     with Distiller(model, teachers, with_score_taps(settings, teachers)) as distiller:
         adapters, adapted = "There are no adapters to load: all levels have equal channels.", True
         if file:

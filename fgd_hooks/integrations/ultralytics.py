@@ -158,8 +158,7 @@ class FGDCallback:
                 logger.log(logging.INFO if expected else logging.WARNING, "FGD: %s", self.inherited)
         if self.config.weight == 0:
             return
-        if self.config.teacher.fuse:
-            teachers = fuse_files(teachers, self.teacher)
+        teachers = fuse_files(teachers, self.teacher, self.config.teacher)
         run = TrainingRun(trainer, teachers, named_config(self.config, self.teacher))
         self._runs[trainer] = run
         run.install()

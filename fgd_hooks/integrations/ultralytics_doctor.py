@@ -97,8 +97,7 @@ def _examine(
             text = line or "The student begins with the weights that it has."
             found.append(Finding("green" if expected else "yellow", "start", text))
             try:
-                modules = fuse_files(teachers, files) if config.teacher.fuse else teachers
-                run = TrainingRun(self, modules, config)
+                run = TrainingRun(self, fuse_files(teachers, files, config.teacher), config)
             except ConfigError:
                 raise
             except (TapError, ValueError) as error:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fgd_hooks.config import FGDConfig
+from fgd_hooks.config import FGDConfig, TeacherConfig
 from fgd_hooks.integrations.ultralytics_task import TASKS, task_of
 from fgd_hooks.lessons import needs_scores
 from fgd_hooks.registry import suggestion
@@ -51,15 +51,16 @@ def load_teachers(teacher: Any) -> list[nn.Module]:
     return [load_teacher(one) for one in each]
 
 
-def fuse_files(modules: Sequence[nn.Module], teacher: Any) -> list[nn.Module]:
-    """The loaded teachers, fused where they come from files; what the user holds is left as it is.
+def fuse_files(modules: Sequence[nn.Module], teacher: Any, settings: TeacherConfig) -> list[nn.Module]:
+    """The loaded teachers, fused where they come from files and ``settings.fuse`` asks for it; others stay as they are.
 
     Args:
         modules: from :func:`load_teachers`, after the student has inherited: it cannot from fused layers.
         teacher: what they were loaded from.
+        settings: of the teachers.
     """
     each = zip(modules, as_list(teacher), strict=True)
-    return [fused(module) if isinstance(given, (str, Path)) else module for module, given in each]
+    return [fused(module) if settings.fuse and isinstance(given, (str, Path)) else module for module, given in each]
 
 
 def as_list(teacher: Any) -> list[Any]:
