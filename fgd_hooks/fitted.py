@@ -53,7 +53,7 @@ class FittedConv(nn.Conv2d):
 
         Minimises sum |t - W s - b|² + r |W - W0|² with the weights W0 at hand; r is the number of cells times the mean
         variance of the student's channels times ``max(RIDGE, C_student / cells)``. Where the features hold NaN or
-        infinity, the weights stay as they are. Several processes fit to the cells of all of them.
+        infinity, nothing changes and the fit waits for another batch. Several processes fit to the cells of all of them.
 
         Args:
             student: (N, C_student, H, W) features.
@@ -67,6 +67,8 @@ class FittedConv(nn.Conv2d):
         if is_distributed():
             for each in (count, sums, products):
                 torch.distributed.all_reduce(each)
+        if not (torch.isfinite(sums).all() and torch.isfinite(products).all()):
+            return
         mean = sums / count
         width = s.shape[1]
         covariance = products / count - torch.outer(mean[:width], mean)

@@ -30,7 +30,7 @@ def schedule_factor(config: ScheduleConfig, clock: Clock) -> float:
     It is 0 before ``start_epoch`` and from ``stop_epoch`` on. In between it goes from 1 to ``end`` as ``kind`` says
     (by epoch), and over the first ``warmup_steps`` steps of the training it rises linearly.
 
-    A ``stop_epoch`` that is a fraction has no effect while the number of epochs is not known.
+    A ``stop_epoch`` that is a fraction has no effect while the number of epochs is not known, and is one epoch or more.
 
     Raises:
         ValueError: a decay or a fraction to start at is asked for and the number of epochs is not known.
@@ -43,6 +43,8 @@ def schedule_factor(config: ScheduleConfig, clock: Clock) -> float:
         )
     whole = config.stop_epoch is None or config.stop_epoch == 1
     end = clock.epochs if whole else _epoch(typing.cast(float, config.stop_epoch), clock)
+    if end == 0:
+        end = 1  # a small fraction of a short training: rounded to nothing, it would distil nothing
     if clock.epoch < start or (end is not None and not whole and clock.epoch >= end):
         return 0.0
     factor = 1.0

@@ -54,14 +54,21 @@ def test_more_cells_than_are_taken():
     assert whole < 0.1 * few
 
 
-def test_values_that_are_not_finite_leave_the_weights():
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_values_that_are_not_finite_leave_the_weights_to_the_next_batch(bad):
     s, t = features()
-    t[1, 2, 3, 1] = torch.nan
-    adapter = create_adapter("fitted", 6, 10)
+    broken = t.clone()
+    broken[1, 2, 3, 1] = bad
+    adapter, expected = create_adapter("fitted", 6, 10), create_adapter("fitted", 6, 10)
     before = adapter.weight.clone()
-    adapter.fit(s, t)
+    adapter.fit(s, broken)
     assert torch.equal(adapter.weight, before)
     assert not adapter.bias.any()
+    assert adapter.wants_fit
+    adapter.fit(s, t)
+    expected.fit(s, t)
+    assert torch.equal(adapter.weight, expected.weight)
+    assert not adapter.wants_fit
 
 
 def test_constant_features_leave_finite_weights():

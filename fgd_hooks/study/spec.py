@@ -171,6 +171,8 @@ class StudySpec:
         seeds: of the students.
         baseline: the arm that the others are compared with.
         train: Ultralytics settings of all runs that differ from ``SETTINGS``.
+        fgd: settings of the distillation, in all arms of kind "fgd", that differ from the library's defaults; those of an
+            arm are merged into them.
         student: of all data sets that name none.
         data: the data sets by name.
         arms: the arms by name, in the order of the tables.
@@ -182,6 +184,7 @@ class StudySpec:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     baseline: str = "alone"
     train: dict[str, Any] = field(default_factory=dict)
+    fgd: dict[str, Any] = field(default_factory=dict)
     student: StudentSpec = field(default_factory=StudentSpec)
     data: dict[str, DataSpec] = field(default_factory=dict)
     arms: dict[str, ArmSpec] = field(default_factory=dict)
@@ -212,6 +215,9 @@ def load_study(file: str | Path) -> StudySpec:
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
         raise StudyError(f"{file}: {' '.join(str(error).split())}") from error
     _check(spec, file)
+    for arm in spec.arms.values():
+        if arm.kind == "fgd":
+            arm.fgd = typing.cast(dict[str, Any], OmegaConf.to_object(OmegaConf.merge(spec.fgd, arm.fgd)))
     return spec
 
 
@@ -238,6 +244,10 @@ def _check(spec: StudySpec, file: Path) -> None:
     require(spec.epochs >= 1, f"epochs is {spec.epochs}; expected 1 or more.")
     for name, data in spec.data.items():
         _check_data(spec, name, data, require)
+    try:
+        check_names(load_config(None, spec.fgd))
+    except ConfigError as error:
+        raise StudyError(f"{file}: fgd: {error}") from error
     for name, arm in spec.arms.items():
         where = f"arms.{name}"
         require(name != "teacher", f"{where}: the name is taken by the teachers of the data sets.")

@@ -31,6 +31,7 @@ def test_the_studies_of_the_repository(file):
         ({"data": {"a": {"yaml": "x", "teacher": {"wieghts": "t"}}}}, "data.a.teacher.wieghts. Did you mean 'weights'"),
         ({"arms": {"x": {"kind": "fdg"}}}, "arms.x.kind is 'fdg'. Did you mean 'fgd'"),
         ({"arms": {"x": {"fgd": {"balance": {"ration": 2}}}}}, "arms.x.fgd.*balance.ration.*'balance.ratio'"),
+        ({"fgd": {"balance": {"ration": 2}}}, "fgd: .*balance.ration.*'balance.ratio'"),
         ({"arms": {"x": {"fgd": {"loss": {"name": "fgdd"}}}}}, "arms.x.fgd.*'fgdd'"),
         ({"arms": {"x": {"kind": "alone", "fgd": {"weight": 2}}}}, "arms.x.fgd has no effect with kind alone"),
         ({"arms": {"teacher": {"kind": "alone"}}}, "the name is taken"),
@@ -65,6 +66,15 @@ def test_a_missing_file_and_no_yaml(tmp_path):
 def test_a_set_for_pretraining_alone_needs_no_teacher(tmp_path):
     data = {**DATA, "b": {"yaml": "x", "compare": False}}
     assert not load_study(make_study(tmp_path, data=data)).data["b"].compare
+
+
+def test_settings_of_all_arms_are_merged_into_each(tmp_path):
+    arms = {"alone": {"kind": "alone"}, "fgd": {}, "x": {"fgd": {"balance": {"ratio": 2}, "inherit": "auto"}}}
+    common = {"inherit": None, "balance": {"interval": 20}}
+    spec = load_study(make_study(tmp_path, data=DATA, arms=arms, fgd=common))
+    assert spec.arms["fgd"].fgd == common
+    assert spec.arms["x"].fgd == {"inherit": "auto", "balance": {"interval": 20, "ratio": 2}}
+    assert spec.arms["alone"].fgd == {}
 
 
 def test_common_settings_validate_after_the_last_epoch_only():
