@@ -53,7 +53,7 @@ class FittedConv(nn.Conv2d):
 
         Minimises sum |t - W s - b|² + r |W - W0|² with the weights W0 at hand; r is the number of cells times the mean
         variance of the student's channels times ``max(RIDGE, C_student / cells)``. Where the features hold NaN or
-        infinity, nothing changes and the fit waits for another batch. Several processes fit to the cells of all of them.
+        infinity, nothing changes and the fit waits for another batch. Processes fit to the cells of all of them.
 
         Args:
             student: (N, C_student, H, W) features.

@@ -171,8 +171,8 @@ class StudySpec:
         seeds: of the students.
         baseline: the arm that the others are compared with.
         train: Ultralytics settings of all runs that differ from ``SETTINGS``.
-        fgd: settings of the distillation, in all arms of kind "fgd", that differ from the library's defaults; those of an
-            arm are merged into them.
+        fgd: settings of the distillation, in all arms of kind "fgd", that differ from the library's defaults; those of
+            an arm are merged into them.
         student: of all data sets that name none.
         data: the data sets by name.
         arms: the arms by name, in the order of the tables.
