@@ -139,7 +139,7 @@ class ScheduleConfig(Section):
     kind: str = "constant"
     warmup_steps: int = 0
     start_epoch: float = 0.0
-    stop_epoch: float | None = 0.7
+    stop_epoch: float | None = 0.35
     end: float = 0.0
 
     def _check(self) -> None:
@@ -229,7 +229,8 @@ class FGDConfig(Section):
             for each of its levels, finest first; null: found by an integration.
         max_bad_steps: this many steps in a row without a finite distillation loss end the training with an error.
         log_interval: steps from one TensorBoard record to the next; 0: none, no pictures either.
-        image_interval: epochs from one set of attention pictures in TensorBoard to the next; 0: none.
+        image_interval: epochs from one set of attention pictures in TensorBoard to the next; 0: none; null: ten, or more
+            where epochs are short, so that drawing stays a small share of the training's time.
     """
 
     weight: float = 1.0
@@ -246,7 +247,7 @@ class FGDConfig(Section):
     score_taps: list[str] | None = None
     max_bad_steps: int = 50
     log_interval: int = 10
-    image_interval: int = 10
+    image_interval: int | None = None
     loss: LossConfig = field(default_factory=LossConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -270,7 +271,8 @@ class FGDConfig(Section):
         )
         require(self.max_bad_steps >= 1, "max_bad_steps", self.max_bad_steps, "1 or more")
         not_negative("log_interval", self.log_interval)
-        not_negative("image_interval", self.image_interval)
+        if self.image_interval is not None:
+            not_negative("image_interval", self.image_interval)
 
     @property
     def all_losses(self) -> list[LossConfig]:

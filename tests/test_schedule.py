@@ -58,5 +58,11 @@ def test_a_fraction_to_stop_at_waits_until_the_length_is_known():
     assert schedule_factor(config, Clock(epoch=5, epochs=10)) == 0
 
 
-def test_the_default_stops_at_seven_tenths():
-    assert curve(ScheduleConfig()) == [1] * 7 + [0] * 3
+def test_the_default_stops_after_a_third():
+    assert curve(ScheduleConfig()) == [1] * 4 + [0] * 6
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+def test_a_fraction_to_stop_at_leaves_one_epoch_at_least(epochs):
+    factors = [schedule_factor(ScheduleConfig(stop_epoch=0.1), Clock(epoch=e, epochs=epochs)) for e in range(epochs)]
+    assert factors == [1] + [0] * (epochs - 1)

@@ -1,4 +1,5 @@
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ pytest.importorskip("ultralytics")
 
 from fgd_hooks import FGDCallback
 from fgd_hooks.integrations import ultralytics_pictures
-from fgd_hooks.integrations.ultralytics_pictures import WATCHED, fixed_batches
+from fgd_hooks.integrations.ultralytics_pictures import WATCHED, AttentionWatch, fixed_batches
 from fgd_hooks.integrations.ultralytics_run import SIDE_FILE
+from fgd_hooks.schedule import Clock
 from fgd_hooks.sheets import attention_sheets
 from fgd_hooks.sidefile import read_side_file
 
@@ -98,6 +100,27 @@ def test_distance_of_each_epoch_and_pictures_now_and_then(train, teacher_file, m
     tags = sorted(tag for tag in found.Tags()["images"] if tag.startswith("fgd/attention/"))
     assert tags == [f"fgd/attention/validation image {n}/{level}" for n in (1, 2) for level in ("P3", "P4", "P5")]
     assert [image.step for image in found.Images(tags[0])] == [1, 4, 5], "the first, every third, the last"
+
+
+@pytest.mark.parametrize(
+    ("steps", "distances", "pictures"),
+    [
+        (1, [1, 51, 101, 120], [1, 120]),  # steps per epoch: the last epoch has both in any case
+        (25, [1, *range(3, 121, 2), 120], [1, 21, 41, 61, 81, 101, 120]),
+        (2000, [*range(1, 121)], [1, 11, 21, 31, 41, 51, 61, 71, 81, 91, 101, 111, 120]),
+    ],
+)
+def test_short_epochs_are_watched_and_drawn_less_often(monkeypatch, steps, distances, pictures):
+    """At most one distance in 50 steps, and one set of pictures in 10 epochs and 500 steps."""
+    clock, watched, drawn = Clock(), [], []
+    watch = AttentionWatch(SimpleNamespace(clock=clock, pairs=[]), None, None, None)
+    monkeypatch.setattr(watch, "sheets", lambda student: [])
+    monkeypatch.setattr(ultralytics_pictures, "write_scalars", lambda writer, scalars, epoch: watched.append(epoch))
+    monkeypatch.setattr(ultralytics_pictures, "write_sheets", lambda writer, sheets, epoch: drawn.append(epoch))
+    for epoch in range(120):
+        clock.step += steps
+        watch.write(None, None, epoch, last=epoch == 119)
+    assert (watched, drawn) == (distances, pictures)
 
 
 @pytest.mark.parametrize("settings", [{"image_interval": 0}, {"log_interval": 0}], ids=str)
