@@ -229,8 +229,8 @@ class FGDConfig(Section):
             for each of its levels, finest first; null: found by an integration.
         max_bad_steps: this many steps in a row without a finite distillation loss end the training with an error.
         log_interval: steps from one TensorBoard record to the next; 0: none, no pictures either.
-        image_interval: epochs from one set of attention pictures in TensorBoard to the next; 0: none; null: ten, or more
-            where epochs are short, so that drawing stays a small share of the training's time.
+        image_interval: epochs from one set of attention pictures in TensorBoard to the next; 0: none; null: ten, or
+            more where epochs are short, so that drawing stays a small share of the training's time.
     """
 
     weight: float = 1.0
