@@ -107,3 +107,12 @@ def test_the_pages_hold_examples():
     kinds = [kind for page in PAGES for kind, _ in blocks(page)]
     assert kinds.count("python") >= 5
     assert sum(len(list(commands(kind, text))) for page in PAGES for kind, text in blocks(page)) >= 10
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda page: str(page.relative_to(ROOT))
+)
+def test_what_a_page_links_to_exists(page):
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"\w+:|#", target)]
+    assert [target for target in targets if not (page.parent / target.split("#")[0]).exists()] == []

@@ -162,10 +162,12 @@ def test_the_overview_by_hand(tmp_path):
 
 
 def test_the_tables_of_the_repository_follow_from_its_records():
-    for file in RESULTS.glob("*/tables.md"):
-        study, records = read_records(file.parent)
+    folders = sorted(file.parent for file in RESULTS.glob("*/study.json"))
+    assert folders
+    for folder in folders:
+        study, records = read_records(folder)
         groups = group_records(records, study.get("arms", ()), study.get("baseline", "alone"))
-        assert markdown(study, groups, file.parent.name) == file.read_text(encoding="utf-8"), file
+        assert (folder / "tables.md").read_text(encoding="utf-8") == markdown(study, groups, folder.name), folder
 
 
 def test_the_overview_of_the_repository_follows_from_its_records(tmp_path):
