@@ -214,10 +214,10 @@ def load_study(file: str | Path) -> StudySpec:
         raise StudyError(f"{file}: there is no key {key}. {suggestion(key.rsplit('.', 1)[-1], known)}") from error
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
         raise StudyError(f"{file}: {' '.join(str(error).split())}") from error
-    _check(spec, file)
     for arm in spec.arms.values():
-        if arm.kind == "fgd":
+        if arm.kind == "fgd":  # before the check: two settings may exclude each other
             arm.fgd = typing.cast(dict[str, Any], OmegaConf.to_object(OmegaConf.merge(spec.fgd, arm.fgd)))
+    _check(spec, file)
     return spec
 
 
@@ -237,6 +237,12 @@ def _check(spec: StudySpec, file: Path) -> None:
         if not holds:
             raise StudyError(f"{file}: {message}")
 
+    def check_settings(where: str, settings: dict[str, Any]) -> None:
+        try:
+            check_names(load_config(None, settings))
+        except ConfigError as error:
+            raise StudyError(f"{file}: {where}: {error}") from error
+
     require(bool(spec.name) and Path(spec.name).name == spec.name, f"name is {spec.name!r}; expected a folder's name.")
     require(bool(spec.data), "data is empty; expected one data set or more.")
     require(bool(spec.arms), "arms is empty; expected one arm or more.")
@@ -244,10 +250,7 @@ def _check(spec: StudySpec, file: Path) -> None:
     require(spec.epochs >= 1, f"epochs is {spec.epochs}; expected 1 or more.")
     for name, data in spec.data.items():
         _check_data(spec, name, data, require)
-    try:
-        check_names(load_config(None, spec.fgd))
-    except ConfigError as error:
-        raise StudyError(f"{file}: fgd: {error}") from error
+    check_settings("fgd", spec.fgd)
     for name, arm in spec.arms.items():
         where = f"arms.{name}"
         require(name != "teacher", f"{where}: the name is taken by the teachers of the data sets.")
@@ -266,10 +269,7 @@ def _check(spec: StudySpec, file: Path) -> None:
         for each in compared:
             require(spec.data[each].teacher is not None, f"{where} needs data.{each}.teacher.")
         if arm.kind == "fgd":
-            try:
-                check_names(load_config(None, arm.fgd))
-            except ConfigError as error:
-                raise StudyError(f"{file}: {where}.fgd: {error}") from error
+            check_settings(f"{where}.fgd", arm.fgd)
     sections = [("train", spec.train), *((f"data.{k}.train", v.train) for k, v in spec.data.items())]
     sections += [(f"arms.{k}.train", v.train) for k, v in spec.arms.items()]
     for where, settings in sections:
