@@ -213,7 +213,7 @@ class Planner:
                 epochs=data.teacher.epochs if trained else 0,
                 student=Path(model).stem,
                 model=model,
-                scale=None,
+                scale=tuple(data.teacher.scale) if trained and data.teacher.scale else None,
                 settings={**SETTINGS, **self.spec.train, **data.train, **data.teacher.train},
                 fgd={},
                 prepared=self.prepared(name, whole=True),

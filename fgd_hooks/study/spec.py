@@ -60,6 +60,7 @@ class TeacherSpec:
     Attributes:
         weights: its file; used where it exists.
         model: model yaml of a teacher that the study trains itself where there are no weights.
+        scale: depth, width and most channels that replace those of that yaml; null: as they are.
         epochs: how long it is trained.
         seed: of its training.
         train: Ultralytics settings that differ from the study's.
@@ -67,6 +68,7 @@ class TeacherSpec:
 
     weights: str | None = None
     model: str | None = None
+    scale: list[float] | None = None
     epochs: int = 25
     seed: int = 0
     train: dict[str, Any] = field(default_factory=dict)

@@ -155,6 +155,19 @@ def test_given_teacher_weights_are_measured_and_not_trained(tmp_path):
     assert planner(file).run("a", "fgd", 0).teacher.epochs == 25
 
 
+def test_a_teacher_may_have_another_width_than_its_yaml(tmp_path):
+    scale = [0.5, 0.125, 1024]
+    teacher = {"model": "yolo26n.yaml", "scale": scale, "epochs": 5}
+    data = {"a": {"yaml": "set/data.yaml", "teacher": teacher}}
+    narrow = planner(make_study(tmp_path, data=data, student={"model": "yolo26n.yaml", "scale": scale}))
+    run = narrow.run("a", "fgd", 0)
+    assert run.teacher.scale == tuple(scale)
+    assert run.teacher.key == narrow.run("a", "alone", 0).key  # the same training as the student alone, made once
+    (tmp_path / "t.pt").write_bytes(b"weights")
+    given = {"a": {"yaml": "set/data.yaml", "teacher": {**teacher, "weights": "t.pt"}}}
+    assert planner(make_study(tmp_path, data=given)).run("a", "fgd", 0).teacher.scale is None  # as in its file
+
+
 def test_a_pretrained_student_starts_from_the_other_set(tmp_path):
     entry = {"yaml": "set/data.yaml", "teacher": {"model": "yolo26s.yaml", "epochs": 2}}
     data = {"a": entry, "b": {**entry, "compare": False, "train": {"imgsz": 96}}}
