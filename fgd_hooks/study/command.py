@@ -125,12 +125,15 @@ def _train(planner: Planner, arguments: argparse.Namespace) -> int:
         deadline=None if limit is None else time.monotonic() + 60 * limit,
         say=lambda text: print(text, flush=True),
     )
+    scanned: set[Path] = set()
     while True:
         plan = planner.plan(arguments.only, arguments.data, arguments.seeds)
         open_runs = [run for run in plan.runs if run.result() is None]
         print(f"{len(plan.runs)} runs, {len(plan.runs) - len(open_runs)} done before", flush=True)
-        for prepared in {run.prepared.yaml: run.prepared for run in open_runs}.values():
-            scan_labels(prepared)
+        for run in open_runs:
+            if run.prepared.yaml not in scanned:
+                scan_labels(run.prepared)
+                scanned.add(run.prepared.yaml)
         left = runner.run(plan.runs)
         if left or not plan.waiting or not open_runs or runner.failed:
             break

@@ -52,12 +52,15 @@ def test_a_reader_that_stops_early_is_no_error(study):
     assert process.returncode == 141
 
 
-def test_a_study_with_equal_compute_trains_to_its_end(study, capsys):
+def test_a_study_with_equal_compute_trains_to_its_end(study, capsys, monkeypatch):
+    scanned = []
+    monkeypatch.setattr("fgd_hooks.study.data.scan_labels", scanned.append)
     arms = {"alone": {"kind": "alone"}, "same": {"kind": "alone", "compute": "fgd"}, "fgd": {"kind": "fgd"}}
     file = make_study(study.parent, arms=arms)
     assert fgd(file, "--jobs", "2") == 0
     done = [run for run in planner(file).plan().runs if run.result()]
     assert sorted((run.arm, run.epochs) for run in done if run.arm == "same") == [("same", 10), ("same", 10)]
+    assert len(scanned) == 1  # one data set, in two rounds
 
 
 def test_labels_are_scanned_once_before_trainings_that_would_do_it_together(study):
