@@ -33,7 +33,7 @@ ARMS = {
     "alone": "the student alone, 10 epochs",
     "fgd": "the student with FGD, 10 epochs",
     "fgd_m05": "the same with balance.momentum=0.5",
-    "fgd_fitted": "the same with the adapter fitted, and more measurements at the start: the defaults",
+    "fgd_fitted": "the same with the adapter fitted, and more measurements at the start",
     "alone_e20": "the student alone, 20 epochs",
     "alone_scratch": "from random weights, alone, 20 epochs",
     "fgd_scratch": "from random weights, with FGD, 20 epochs",
