@@ -18,6 +18,7 @@ from torch import nn
 
 from fgd_hooks.fitted import FittedConv, align
 from fgd_hooks.registry import Factory, Registry
+from fgd_hooks.schema import ConfigError
 
 ADAPTERS = Registry("adapter")
 
@@ -57,10 +58,10 @@ def identity(student_channels: int, teacher_channels: int) -> nn.Module:
     """The feature as it is; only for equal channels.
 
     Raises:
-        ValueError: the channels differ.
+        ConfigError: the channels differ.
     """
     if student_channels != teacher_channels:
-        raise ValueError(
+        raise ConfigError(
             f"The adapter 'identity' needs equal channels, but the student has {student_channels} and the teacher "
             f"{teacher_channels}. Use 'auto' or 'conv1x1'."
         )

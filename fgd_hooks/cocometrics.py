@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from fgd_hooks.evaldata import EvalData, Floats
+from fgd_hooks.evaldata import DataError, EvalData, Floats
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -110,6 +110,16 @@ class CocoMetrics:
         return table
 
 
+def check_max_dets(max_dets: int) -> None:
+    """Refuse a number of detections that pycocotools cannot judge by.
+
+    Raises:
+        DataError: fewer than 10.
+    """
+    if max_dets < 10:
+        raise DataError(f"max_dets is {max_dets}; expected at least 10 (recall is also measured with 1 and 10)")
+
+
 def coco_metrics(truth: EvalData, detections: Sequence[Floats], max_dets: int = 100) -> CocoMetrics:
     """Judge detections with pycocotools.
 
@@ -121,11 +131,11 @@ def coco_metrics(truth: EvalData, detections: Sequence[Floats], max_dets: int = 
 
     Raises:
         ValueError: the number of arrays is not the number of images.
+        DataError: ``max_dets`` is below 10.
     """
     if len(detections) != len(truth.images):
         raise ValueError(f"{len(detections)} arrays of detections for {len(truth.images)} images; give one per image")
-    if max_dets < 10:
-        raise ValueError(f"max_dets must be at least 10 (recall is also measured with 1 and 10), got {max_dets}")
+    check_max_dets(max_dets)
     from pycocotools.cocoeval import COCOeval
 
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress

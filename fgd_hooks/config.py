@@ -304,6 +304,7 @@ def load_config(
     sources = []
     for source, values in (_from_config(config), from_overrides(overrides)):
         check_extent(values, source)
+        _, values = from_overrides(values)  # dotted keys are sections everywhere
         check_keys(values, source, FGDConfig)
         merge(merged, values)
         sources += [source] if values else []

@@ -87,7 +87,7 @@ def from_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> tuple[str, d
         for section in sections:
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
-                raise ConfigError(f"overrides: {key} and another override give the same key twice.")
+                raise ConfigError(f"{key} and another setting give the same key twice.")
         if last in place and not isinstance(overrides, Mapping):
             raise ConfigError(f"overrides: {key} is given twice.")
         if isinstance(value, Mapping) and isinstance(place.get(last), dict):

@@ -57,6 +57,19 @@ class Distilled:
     resting: bool = False
 
 
+def check_not_replicated(student: nn.Module) -> None:
+    """Refuse a DataParallel over several devices: its copies share one set of hooks, and all but one would be lost.
+
+    Raises:
+        ValueError: the student is one.
+    """
+    if isinstance(student, nn.DataParallel) and len(student.device_ids) > 1:
+        raise ValueError(
+            f"The student is a DataParallel over {len(student.device_ids)} devices, whose copies share one set of "
+            "hooks. Use DistributedDataParallel, one process per device (docs/several-gpus.md)."
+        )
+
+
 class PerTeacher(tuple[Any, ...]):
     """One input for each of several teachers, where they want different ones (another normalisation, say)."""
 
@@ -81,13 +94,14 @@ class Distiller(nn.Module):
     adapters; :attr:`pairs` has one entry for each level of each of them.
 
     Args:
-        student: the model that learns; wrappers (DDP, DataParallel, compile) are looked through.
+        student: the model that learns; wrappers (DDP, compile) are looked through.
         teacher: the model that teaches, or a list of them.
         config: an :class:`~fgd_hooks.config.FGDConfig`, a dict, a YAML file, or None for the defaults.
         example: what both models are called with in the probe; None: zeros of 256 x 256 pixels.
 
     Raises:
         TeacherError: the teacher is the student, shares its weights or holds NaN.
+        ValueError: the student is a DataParallel over several devices, whose copies share one set of hooks.
         TapError: a tap cannot be resolved, or no levels are found.
         PairingError: no level is common.
         ConfigError: the configuration does not fit (unknown adapter, loss, level or loss option).
@@ -105,6 +119,7 @@ class Distiller(nn.Module):
         super().__init__()
         self.config = config = load_config(config)
         check_names(config)
+        check_not_replicated(student)
         student = unwrap(student)
         teachers = [unwrap(each) for each in ([teacher] if isinstance(teacher, nn.Module) else teacher)]
         if not teachers:
@@ -127,12 +142,17 @@ class Distiller(nn.Module):
         self._health = StepHealth(config)
         for parameter in self.parameters():
             parameter.register_hook(zero_unless_finite)
-        self._teachers = [
-            FrozenTeacher(each, self._teacher_taps(number), config.teacher) for number, each in enumerate(teachers)
-        ]
+        self._teachers: list[FrozenTeacher] = []
         taps = [pair.student.tap for pair in self.pairs]
-        sources = find_sources(student, taps, example=example)
-        self.taps = FeatureTaps(student, taps, role="student", grad_only=True, sources=sources)
+        try:
+            for number, each in enumerate(teachers):
+                self._teachers.append(FrozenTeacher(each, self._teacher_taps(number), config.teacher))
+            sources = find_sources(student, taps, example=example)
+            self.taps = FeatureTaps(student, taps, role="student", grad_only=True, sources=sources)
+        except BaseException:
+            for made in self._teachers:
+                made.release()
+            raise
 
     def _teacher_taps(self, number: int) -> list[Tap]:
         """The taps of one teacher: its levels, and then the class scores that losses need."""
@@ -173,7 +193,7 @@ class Distiller(nn.Module):
         return student
 
     def set_epoch(self, epoch: int, epochs: int | None = None) -> None:
-        """Tell the schedule which epoch begins (from 0) and how many there will be."""
+        """Tell the schedule which epoch begins (from 0) and how many there will be; None: as many as it knows of."""
         if epochs is not None and epochs != self.clock.epochs and self.config.weight > 0:
             schedule, step = self.config.schedule, self.config.schedule.warmup_steps
             if not any(schedule_factor(schedule, Clock(step, each, epochs)) for each in range(epochs)):
@@ -183,7 +203,9 @@ class Distiller(nn.Module):
                     schedule.start_epoch,
                     schedule.stop_epoch,
                 )
-        self.clock.epoch, self.clock.epochs = epoch, epochs
+        self.clock.epoch = epoch
+        if epochs is not None:
+            self.clock.epochs = epochs
 
     def forward(
         self,
@@ -355,6 +377,7 @@ class Distiller(nn.Module):
             print(report)
 
         The student runs five times and the teacher three times. Set the student to train mode before, as in training.
+        Among several processes all must call it: adapters are fitted and the balance is measured over all of them.
 
         Args:
             images: as for :meth:`forward`.

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from fgd_hooks.cocometrics import ClassMetrics, CocoMetrics, coco_metrics, percent
+from fgd_hooks.cocometrics import ClassMetrics, CocoMetrics, check_max_dets, coco_metrics, percent
 from fgd_hooks.evaldata import DataError, EvalData, Floats, read_data
 from fgd_hooks.evaldata.links import linked_copy
 
@@ -114,8 +114,10 @@ def evaluate(
 
     Raises:
         FileNotFoundError: model, data file, images or labels are missing; the message says where they were looked for.
-        DataError: the data are malformed or the classes of model and data do not go together.
+        DataError: the data are malformed, the classes of model and data do not go together, or ``max_dets`` is below
+            10.
     """
+    check_max_dets(max_dets)
     truth = _some_images(read_data(data_file(data), split, images), limit)
     yolo = load_detector(model)
     names = {int(k): str(v) for k, v in dict(yolo.names).items()}

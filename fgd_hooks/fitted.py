@@ -40,6 +40,10 @@ class FittedConv(nn.Conv2d):
         self._known_fitted = False
         align(self)
 
+    def _load_from_state_dict(self, *args: typing.Any, **kwargs: typing.Any) -> None:
+        self._known_fitted = False  # the state that is loaded says whether it was fitted
+        super()._load_from_state_dict(*args, **kwargs)
+
     @property
     def wants_fit(self) -> bool:
         """Whether :meth:`fit` has still to come. Waits for the device until it has."""

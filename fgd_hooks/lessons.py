@@ -58,9 +58,9 @@ def plan(
 
     Raises:
         ConfigError: ``levels`` names one that does not pair, ``teachers`` has another number of entries than there are
-            teachers, or scores are needed and not where ``score_taps`` says.
+            teachers, scores are needed and not where ``score_taps`` says, or two maps differ in size and ``resize`` is
+            off.
         TapError, PairingError: as :func:`find_levels` and :func:`pair_levels`.
-        ValueError: two maps differ in size, and ``resize`` is off.
     """
     size = common_size([student, *teachers]) if example is None else None
     shares: list[TeacherShare] = config.teachers or [TeacherShare() for _ in teachers]
@@ -151,7 +151,7 @@ def _choose(pairs: list[LevelPair], chosen: Sequence[str] | None) -> list[LevelP
 
 def _check_sizes(pair: LevelPair, config: FGDConfig) -> None:
     if pair.student.size != pair.teacher.size and not config.resize:
-        raise ValueError(
+        raise ConfigError(
             f"At level {pair.name} the student's map ({pair.student.tap}) has {pair.student.size} cells and the "
             f"teacher's ({pair.teacher.tap}) {pair.teacher.size} for the same input. Set resize=true to resample "
             "the student's, or name other taps."
@@ -190,7 +190,7 @@ def build_loss(config: LossConfig, channels: int) -> FeatureLoss:
         ConfigError: an option does not exist, or a value is impossible.
     """
     options = dict(config.options)
-    if config.name == "fgd":
+    if getattr(LOSSES.get(config.name), "takes_preset", False):
         options = {**PRESETS[config.preset], **options}
     try:
         return create_loss(config.name, channels=channels, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -14,7 +15,9 @@ import yaml
 
 # Settings that name a run or its files, or say what is shown: runs that differ in nothing else are seeds of one arm.
 RUN_KEYS = {"seed", "name", "save_dir", "project", "exist_ok", "resume", "save", "save_period", "workers", "cache"}
-RUN_KEYS |= {"verbose", "plots"}
+RUN_KEYS |= {"verbose", "plots", "device"}
+SHOWN_KEYS = {"fgd.log_interval", "fgd.image_interval"}
+"""Settings of the distillation that say what is shown, and change nothing in the training."""
 MAP, MAP50 = "metrics/mAP50-95(B)", "metrics/mAP50(B)"  # Ultralytics' names, in results.csv too
 _EVALUATION_KEYS = ("map50_95", "map50", "map_small", "map_medium", "map_large", "per_class")
 
@@ -89,6 +92,14 @@ def read_run(folder: str | Path) -> Run:
         hint = f" There are runs inside it: {', '.join(inside)}." if inside else ""
         raise RunError(f"{folder} is no run of Ultralytics': {' and '.join(missing)} missing.{hint}")
     settings = _read_yaml(folder / "args.yaml")
+    model = folder / Path(str(settings.get("model"))).name
+    if (
+        model.suffix == ".yaml"
+        and Path(str(settings["model"])).parent.name == folder.resolve().name
+        and model.is_file()
+    ):
+        # a study writes its student's yaml into each run's folder: the same model under another path for each seed
+        settings["model"] = f"{model.name} {hashlib.sha256(model.read_bytes()).hexdigest()[:8]}"
     rows = _read_csv(folder / "results.csv")
     planned = int(settings.get("epochs") or 0)
     epochs = int(rows[-1]["epoch"])
@@ -135,17 +146,18 @@ def _distillation(folder: Path, distilled: bool) -> dict[str, Any] | None:
     file = folder / "fgd.yaml"
     if not file.is_file():
         return None
-    return {key: value for key, value in _flat(_read_yaml(file)).items() if key != "fgd.log_interval"}
+    return {key: value for key, value in flat(_read_yaml(file)).items() if key not in SHOWN_KEYS}
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "fgd.") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], prefix: str = "fgd.") -> dict[str, Any]:
+    """Nested settings as one level of dotted keys."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
-    return flat
+            found[prefix + key] = value
+    return found
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

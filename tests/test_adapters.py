@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from fgd_hooks import ConfigError
 from fgd_hooks.adapters import ADAPTERS, create_adapter, list_adapters, register_adapter
 
 
@@ -29,7 +30,7 @@ def test_aligned_begins_with_the_students_own_channels(student, teacher, taken):
 
 
 def test_identity_refuses_other_channels():
-    with pytest.raises(ValueError, match=r"student has 8 .*16"):
+    with pytest.raises(ConfigError, match=r"student has 8 .*16"):
         create_adapter("identity", 8, 16)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fgd_hooks.cocometrics import coco_metrics
-from fgd_hooks.evaldata import EvalData, Floats
+from fgd_hooks.evaldata import DataError, EvalData, Floats
 from fgd_hooks.evaldata.types import true_image
 
 
@@ -112,5 +112,5 @@ def test_errors_say_what_is_wrong() -> None:
     truth = make_truth([(0, 10, 10, 40, 40)])
     with pytest.raises(ValueError, match="2 arrays of detections for 1 images"):
         coco_metrics(truth, [detections(), detections()])
-    with pytest.raises(ValueError, match="max_dets must be at least 10"):
+    with pytest.raises(DataError, match="max_dets is 5; expected at least 10"):
         coco_metrics(truth, [detections()], max_dets=5)

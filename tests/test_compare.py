@@ -75,6 +75,18 @@ def test_settings_that_differ_make_arms(tmp_path):
     }
 
 
+def test_seeds_on_other_devices_and_with_a_yaml_of_their_own_are_one_arm(tmp_path):
+    for seed in (0, 1):
+        folder = tmp_path / f"a-s{seed}"
+        make_run(folder, [0.1], seed=seed, device=str(seed), model=str(folder / "model.yaml"))
+        (folder / "model.yaml").write_text("nc: 3\n")
+    other = make_run(tmp_path / "b-s0", [0.1], device="0", model=str(tmp_path / "b-s0/model.yaml"))
+    (other / "model.yaml").write_text("nc: 4\n")
+    result = compare([tmp_path / name for name in ("a-s0", "a-s1", "b-s0")])
+    assert [len(arm.runs) for arm in result.arms] == [2, 1]
+    assert list(result.differing) == ["FGD", "model"] or list(result.differing) == ["model"]
+
+
 def test_several_teachers_are_all_named(tmp_path):
     make_run(tmp_path / "a", [0.1], fgd=FGD)
     make_run(tmp_path / "b", [0.1], fgd={**FGD, "teachers": [{"name": "runs/one.pt"}, {"name": "two.pt"}]})

@@ -324,7 +324,7 @@ def test_ultralytics_way_of_calling_a_compiled_model_gives_the_same_training(hos
 def test_ultralytics_with_a_compiled_model_distils_like_the_uncompiled_training(host, backend):
     _, expected = host("eager")
     yolo, found = host("compiled", lambda model: torch.compile(model, backend=backend), compile=True)
-    assert backend.graphs >= 2
+    assert backend.graphs >= 1
     assert hasattr(yolo.trainer.model, "_orig_mod")
     for (parts, ratios), (e_parts, e_ratios) in zip(found, expected, strict=True):
         assert parts == pytest.approx(e_parts, rel=1e-2, abs=1e-5)

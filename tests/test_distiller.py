@@ -358,6 +358,16 @@ def test_the_schedule_is_applied(models):
     assert losses[2] == 0
 
 
+def test_an_epoch_without_a_total_keeps_the_one_that_is_known(models):
+    student, teacher = models
+    distiller = Distiller(student, teacher, FIXED)  # distils in the first 35 %
+    images, boxes = batch()
+    distiller.set_epoch(0, 10)
+    distiller.set_epoch(9)
+    student(images)
+    assert distiller(images, boxes).weight == 0
+
+
 def test_every_other_step_rests(models):
     student, teacher = models
     calls = []
@@ -397,7 +407,7 @@ def test_resize_only_when_asked():
             return super().forward(nn.functional.pad(images, (0, 16, 0, 16)))
 
     student, teacher = TinyDetector(), trained(Odd())
-    with pytest.raises(ValueError, match="resize=true"):
+    with pytest.raises(ConfigError, match="resize=true"):
         Distiller(student, teacher, {"levels": ["P3"]})
     distiller = Distiller(student, teacher, {"levels": ["P3"], "resize": True, **FIXED})
     images, boxes = batch()
@@ -428,6 +438,27 @@ def test_nan_in_the_teachers_weights(models):
         teacher.neck.out[1].weight[0, 0] = float("nan")
     with pytest.raises(TeacherError, match=r"neck\.out\.1\.weight holds 9 NaN"):
         Distiller(student, teacher)
+
+
+def test_a_teacher_that_is_refused_leaves_the_others_as_they_were(models):
+    student, teacher = models
+    damaged = trained(TinyDetector((8, 16, 24)), seed=2)
+    with torch.no_grad():
+        damaged.neck.out[1].weight[0, 0] = float("nan")
+    teacher.train()
+    with pytest.raises(TeacherError, match="NaN"):
+        Distiller(student, [teacher, damaged])
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
+    assert teacher.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in [*teacher.modules(), *student.modules()])
+
+
+def test_copies_that_share_their_hooks(models):
+    student, teacher = models
+    replicated = nn.DataParallel(student)
+    replicated.device_ids = [0, 1]  # as on a machine with two
+    with pytest.raises(ValueError, match="DataParallel over 2 devices.*DistributedDataParallel"):
+        Distiller(replicated, teacher)
 
 
 def test_no_common_level():

@@ -68,6 +68,18 @@ def same(one, other):
     return one == other
 
 
+def test_numbers_that_are_not_finite_do_not_stay(models):
+    _, teacher = models
+    student = TinyDetector((8, 12, 16)).train()  # the means of its batch normalisations are still 0
+    images, boxes = batch()
+    images[0, 0, 0, 0] = math.nan
+    distiller = Distiller(student, teacher)
+    before = state(student)
+    report = distiller.check(images, boxes, loss=lambda: task_loss(student, images))
+    assert report.status == "red"
+    assert same(before, state(student))
+
+
 @pytest.mark.parametrize("outcome", ["well", "an error in loss()", "a red finding"])
 def test_leaves_no_trace(models, outcome):
     student, teacher = models

@@ -135,6 +135,18 @@ def test_loaded_weights_are_not_fitted_again(pair):
             assert all(torch.equal(tensor, plain[name]) for name, tensor in other.state_dict().items())
 
 
+def test_a_state_from_before_the_fit_is_fitted_again(pair):
+    student, teacher = pair
+    with Distiller(student, teacher) as distiller:
+        early = distiller.training_state()
+        a_step(distiller, student, IMAGES)
+        distiller.load_training_state(early)
+        adapters = list(distiller.adapters.values())
+        assert all(adapter.wants_fit for adapter in adapters)
+        a_step(distiller, student, IMAGES)
+        assert all(bool(adapter.fitted) for adapter in adapters)
+
+
 def test_maps_of_other_sizes_are_resized(pair):
     student, teacher = pair
     with Distiller(student, teacher, {"resize": True}) as distiller:

@@ -272,7 +272,8 @@ def test_other_contents(cases, workplace):
             elif kind == "add":
                 place["other"] = leaf
             elif kind == "fill" and isinstance(present, torch.Tensor) and present.is_floating_point():
-                present.view(-1)[-1:] = leaf if isinstance(leaf, float) else math.nan
+                value = leaf if isinstance(leaf, float) else math.nan
+                present.view(-1)[-1:] = torch.tensor(value, dtype=torch.float64).to(present.dtype)  # 1e300: infinity
             else:
                 place[path[-1]] = leaf
         torch.save(content, workplace.path)

@@ -203,6 +203,12 @@ def test_what_killed_writes_left_is_removed(tmp_path):
     remove_leftovers(tmp_path / "nowhere" / "last.fgd.pt")
 
 
+def test_a_tensor_where_the_format_should_be(tmp_path):
+    torch.save({"fgd_hooks": torch.zeros(0)}, tmp_path / "x")
+    with pytest.raises(SideFileError, match="no side file"):
+        read_side_file(tmp_path / "x")
+
+
 def test_what_is_read_is_bit_equal_and_the_readers_own(tmp_path):
     path = tmp_path / "a.pt"
     odd = torch.tensor([0.1, -0.0, 1e-45, torch.inf, torch.nan])

@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from fgd_hooks.evaldata.coco import read_coco
-from fgd_hooks.evaldata.types import DataError, EvalData, Floats, TrueImage
+from fgd_hooks.evaldata.types import DataError, EvalData, Floats, NoSplitError, TrueImage
 from fgd_hooks.evaldata.yolo import read_yolo
 
-__all__ = ["DataError", "EvalData", "Floats", "TrueImage", "read_data"]
+__all__ = ["DataError", "EvalData", "Floats", "NoSplitError", "TrueImage", "read_data"]
 
 
 def read_data(data: str | Path, split: str = "val", images: str | Path | None = None) -> EvalData:

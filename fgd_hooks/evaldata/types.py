@@ -61,6 +61,10 @@ class DataError(ValueError):
     """Data that cannot be evaluated; the message names the file, what is there, what was expected and what to do."""
 
 
+class NoSplitError(DataError):
+    """A data yaml without the split that is asked for."""
+
+
 def true_image(
     file: Path,
     width: int,

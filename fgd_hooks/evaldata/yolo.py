@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from fgd_hooks.evaldata.types import DataError, EvalData, Floats, TrueImage, image_size, true_image
+from fgd_hooks.evaldata.types import DataError, EvalData, Floats, NoSplitError, TrueImage, image_size, true_image
 
 _IMAGE_SUFFIXES = frozenset(
     (".avif", ".bmp", ".dng", ".heic", ".jp2", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp")
@@ -30,7 +30,9 @@ def read_yolo(file: Path, split: str) -> EvalData:
         split = "validation"
     if not content.get(split):
         present = [k for k in ("train", "val", "test", "minival") if content.get(k)]
-        raise DataError(f"{file} has no split '{split}'; it has {present}. Choose one of them or add '{split}: FOLDER'")
+        raise NoSplitError(
+            f"{file} has no split '{split}'; it has {present}. Choose one of them or add '{split}: FOLDER'"
+        )
     files = _image_files(_split_paths(file, content, split))
     if not files:
         raise FileNotFoundError(

@@ -57,7 +57,7 @@ class TorchvisionDistiller(Distiller):
     map ``pool`` of an R-CNN, every second cell of the map before it, is left out, as the paper's authors do.
 
     Args:
-        student: the detector that learns; wrappers (DDP, DataParallel, compile) are looked through.
+        student: the detector that learns; wrappers (DDP, compile) are looked through.
         teacher: the detector that teaches, or a list of them; its ``transform`` does not run.
         config: an :class:`~fgd_hooks.config.FGDConfig`, a dict, a YAML file, or None for the defaults. Taps named in
             it begin at the detector: ``"backbone['0']"``, ``"backbone.fpn.layer_blocks.*"``.

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fgd_hooks.config import FGDConfig, TeacherShare, save_config
+from fgd_hooks.config import ConfigError, FGDConfig, TeacherShare, config_to_dict, load_config, save_config
 from fgd_hooks.monitor import BEST_MAP, EPOCH_MAP, FINAL_MAP, FINAL_MAP50, hyper_parameters, write_hyper_parameters
-from fgd_hooks.runfolder import MAP, MAP50
+from fgd_hooks.runfolder import MAP, MAP50, SHOWN_KEYS, flat
 
 logger = logging.getLogger("ultralytics")
 
@@ -41,6 +43,33 @@ def save_settings(config: FGDConfig, folder: Path) -> None:
         save_config(config, folder / SETTINGS_FILE)
     except OSError as error:
         logger.warning("FGD: %s could not be written (%s); the training goes on.", SETTINGS_FILE, error)
+
+
+def changed_settings(config: FGDConfig, folder: Path) -> dict[str, tuple[Any, Any]]:
+    """What differs from the settings that a run was begun with: dotted key, then the value there and the value now.
+
+    Empty where there is no record, or one that cannot be read any more.
+    """
+    file = folder / SETTINGS_FILE
+    try:
+        before = flat(config_to_dict(load_config(file)))
+    except (FileNotFoundError, ConfigError):
+        return {}
+    now = flat(config_to_dict(config))
+    changed = {key: (before.get(key), now[key]) for key in now if before.get(key) != now[key] and key not in SHOWN_KEYS}
+    name, folders = "fgd.teacher.name", changed.get("fgd.teacher.name")
+    if folders and Path(str(folders[0])).name == Path(str(folders[1])).name:
+        del changed[name]  # the same file by another path
+    return changed
+
+
+def keep_settings(folder: Path) -> Path:
+    """Keep the settings that a run was begun with beside those that it goes on with; returns the file."""
+    kept = folder / "fgd-begun.yaml"
+    if not kept.is_file():
+        with contextlib.suppress(OSError):
+            shutil.copyfile(folder / SETTINGS_FILE, kept)
+    return kept
 
 
 def write_epoch(writer: Any, trainer: Any) -> None:

@@ -20,7 +20,13 @@ from fgd_hooks.distributed import is_distributed
 from fgd_hooks.integrations.ultralytics_boxes import boxes_of, mask_boxes_of
 from fgd_hooks.integrations.ultralytics_compiled import DistillingLoss, drop_loss
 from fgd_hooks.integrations.ultralytics_pictures import AttentionWatch
-from fgd_hooks.integrations.ultralytics_record import save_settings, write_epoch, write_run
+from fgd_hooks.integrations.ultralytics_record import (
+    changed_settings,
+    keep_settings,
+    save_settings,
+    write_epoch,
+    write_run,
+)
 from fgd_hooks.integrations.ultralytics_start import FirstLook, announce
 from fgd_hooks.integrations.ultralytics_task import images_counted
 from fgd_hooks.integrations.ultralytics_teacher import fast_dtype, with_score_taps
@@ -63,6 +69,7 @@ class TrainingRun:
         self.batch: dict[str, Any] | None = None
         self.distilled: Distilled | None = None
         self.task_loss: Tensor | None = None
+        self.taught = False  # since the last step of the optimizer
         self.gradient_norm = 0.0
         self.ema_model = trainer.ema.ema if trainer.ema else None
         self.handles: list[Any] = []
@@ -115,6 +122,8 @@ class TrainingRun:
                 self.handles.append(self.model.register_forward_pre_hook(_BatchSeen(self)))
                 self.handles.append(self.model.register_forward_hook(_LossAdded(self)))
             if is_first_rank():
+                if trainer.resume:
+                    self.compare_settings(Path(trainer.save_dir))
                 save_settings(self.config, Path(trainer.save_dir))
                 self.open_writer()
         except BaseException:
@@ -158,6 +167,7 @@ class TrainingRun:
         self.task_loss = loss.detach().sum() / count  # per image, as the parts
         boxes = self.boxes_of(batch)
         distilled: Distilled = self.parallel(images, boxes, task_loss=self.task_loss)
+        self.taught = self.taught or (distilled.weight != 0 and not distilled.resting)
         self.first_look.see(distilled, boxes)
         if self.distilled is None or not distilled.resting:
             self.distilled = distilled  # a step that rests goes on showing the last one's parts
@@ -173,8 +183,18 @@ class TrainingRun:
         return boxes_of(batch)
 
     def step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """After a step of the student's optimizer: step ours, unless its gradient is not finite."""
+        """After a step of the student's optimizer: step ours.
+
+        Not where nothing was distilled since the last step: under DDP the gradients are zeros then and not None, and
+        momentum would still move the adapters. Not where the gradient is not finite, ours or, found by a loss scaler
+        whose fused optimizer looks at that itself, the student's.
+        """
+        taught, self.taught = self.taught, False
         if self.optimizer is None:
+            return
+        overflow = getattr(optimizer, "found_inf", None)
+        if not taught or (overflow is not None and bool(overflow)):
+            self.distiller.zero_grad()
             return
         scaler = self.trainer.scaler
         scale = scaler.get_scale() if scaler.is_enabled() else 1.0
@@ -271,6 +291,17 @@ class TrainingRun:
         if epoch != self.trainer.start_epoch - 1:
             logger.warning(
                 "FGD: %s is of epoch %d, the checkpoint of epoch %d.", path, epoch + 1, self.trainer.start_epoch
+            )
+
+    def compare_settings(self, folder: Path) -> None:
+        """Say with which other settings a resumed training was begun, and keep them before they are overwritten."""
+        changed = changed_settings(self.config, folder)
+        if changed:
+            texts = [f"{key}={was} (now {now})" for key, (was, now) in changed.items()]
+            logger.warning(
+                "FGD: this training was begun with %s. To go on as it was begun, resume it with config=%s.",
+                ", ".join(texts),
+                keep_settings(folder),
             )
 
     # TensorBoard

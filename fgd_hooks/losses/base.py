@@ -46,6 +46,9 @@ class FeatureLoss(nn.Module):
     needs_scores: bool = False
     """Whether :meth:`forward` takes the teacher's class scores, logits (N, K, H, W), as the keyword ``scores``."""
 
+    takes_preset: bool = False
+    """Whether ``loss.preset`` gives the defaults of its options."""
+
     def forward(
         self,
         student: Tensor,

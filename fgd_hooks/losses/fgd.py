@@ -67,6 +67,7 @@ class FGDLoss(FeatureLoss):
     """
 
     part_names = ("foreground", "background", "attention", "global")
+    takes_preset = True
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -15,10 +16,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fgd_hooks.evaldata import DataError, read_data
+from fgd_hooks.evaldata import NoSplitError, read_data
 from fgd_hooks.evaldata.links import link_file
 from fgd_hooks.evaldata.yolo import label_file
 from fgd_hooks.study.spec import DataSpec, StudyError
+
+logger = logging.getLogger("fgd_hooks")
 
 SPLITS = ("train", "val", "test")
 
@@ -169,10 +172,12 @@ def _read(file: Path) -> tuple[tuple[str, ...], dict[str, tuple[Path, ...]]]:
     for split in SPLITS:
         try:
             data = read_data(file, split)
-        except DataError as error:
-            if split == "test" and "no split" in str(error):
-                continue
-            raise
+        except (NoSplitError, FileNotFoundError) as error:
+            if split != "test":
+                raise
+            if isinstance(error, FileNotFoundError):  # images without labels, as in COCO's test-dev, or none at all
+                logger.warning("The test split is left out: %s", error)
+            continue
         names = data.names
         splits[split] = tuple(image.file for image in data.images)
     return names, splits

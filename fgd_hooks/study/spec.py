@@ -274,6 +274,7 @@ def _check(spec: StudySpec, file: Path) -> None:
             check_settings(f"{where}.fgd", arm.fgd)
     sections = [("train", spec.train), *((f"data.{k}.train", v.train) for k, v in spec.data.items())]
     sections += [(f"arms.{k}.train", v.train) for k, v in spec.arms.items()]
+    sections += [(f"data.{k}.teacher.train", v.teacher.train) for k, v in spec.data.items() if v.teacher]
     for where, settings in sections:
         taken = [key for key in RESERVED if key in settings]
         require(not taken, f"{where}.{''.join(taken[:1])} is set by the study itself.")
@@ -288,6 +289,8 @@ def _check_data(spec: StudySpec, name: str, data: DataSpec, require: typing.Call
     if data.teacher is not None:
         given = data.teacher.weights or data.teacher.model
         require(bool(given), f"{where}.teacher needs weights, or a model to train.")
+        found = data.teacher.epochs
+        require(found >= 1, f"{where}.teacher.epochs is {found}; expected 1 or more (only a teacher without weights).")
     pretrain = (data.student or spec.student).pretrain
     if pretrain is not None:
         known = suggestion(pretrain.data, spec.data)

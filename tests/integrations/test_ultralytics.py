@@ -2,6 +2,7 @@ import csv
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 pytest.importorskip("ultralytics")
 
 from fgd_hooks import FGDCallback, TeacherError
-from fgd_hooks.config import ConfigError
+from fgd_hooks.config import ConfigError, load_config
 from fgd_hooks.integrations.ultralytics import EVENTS
 from fgd_hooks.integrations.ultralytics_run import SIDE_FILE, TrainingRun, boxes_of
 from fgd_hooks.sidefile import read_side_file, write_side_file
@@ -160,6 +161,28 @@ def test_resume_goes_on_from_the_side_file(train, teacher_file, tmp_path):
     assert_nothing_left(yolo)
 
 
+def test_resume_with_other_settings_says_so_and_keeps_those_of_the_beginning(train, teacher_file, tmp_path, caplog):
+    from ultralytics import YOLO
+    from ultralytics.utils import LOGGER
+
+    interrupted(train, teacher_file, "run", balance={"ratio": 2.0})
+    folder = tmp_path / "run"
+    LOGGER.addHandler(caplog.handler)
+    try:
+        train(FGDCallback(teacher_file), model=YOLO(str(folder / "weights/last.pt")), name="run", resume=True)
+        assert "fgd.balance.ratio=2.0 (now 1.0)" in caplog.text
+        assert caplog.text.count("(now") == 1
+        assert load_config(folder / "fgd-begun.yaml").balance.ratio == 2.0
+        assert load_config(folder / "fgd.yaml").balance.ratio == 1.0
+        caplog.clear()
+        interrupted(train, teacher_file, "other", balance={"ratio": 2.0})
+        other = YOLO(str(tmp_path / "other/weights/last.pt"))
+        train(FGDCallback(teacher_file, tmp_path / "other/fgd.yaml"), model=other, name="other", resume=True)
+        assert "(now" not in caplog.text
+    finally:
+        LOGGER.removeHandler(caplog.handler)
+
+
 def test_resume_refuses_a_side_file_of_another_architecture(train, teacher_file, tmp_path):
     from ultralytics import YOLO
 
@@ -223,6 +246,44 @@ def test_accumulated_gradients_step_the_adapters_with_the_student(train, teacher
     # five batches, a step of the optimizer after the first and every third
     assert [step for step, _ in seen] == [0, 0, 1, 1, 1] or [step for step, _ in seen] == [1, 1, 1, 2, 2]
     assert {pending for _, pending in seen} == {True, False}
+
+
+def test_adapters_stand_still_where_nothing_is_distilled_even_with_gradients_of_zero(train, teacher_file, monkeypatch):
+    """As under DDP, where every parameter takes part in every step."""
+    monkeypatch.setattr("fgd_hooks.distiller.is_distributed", lambda: True)
+    seen = []
+
+    def look(trainer):
+        run = callback._runs[trainer]
+        seen.append({name: tensor.clone() for name, tensor in run.distiller.state_dict().items()})
+
+    callback = FGDCallback(teacher_file, schedule={"stop_epoch": 0.5})
+    train(callback, epochs=2, hooks=[("on_train_batch_end", look)])
+    first, second = seen[:5], seen[5:]
+    assert not torch.equal(first[0]["adapters.P3.weight"], first[-1]["adapters.P3.weight"])
+    moved = {name for state in second for name, tensor in state.items() if not torch.equal(tensor, first[-1][name])}
+    assert not moved
+
+
+def test_adapters_skip_the_steps_that_a_fused_optimizer_skips(train, teacher_file):
+    """A loss scaler tells such an optimizer of an overflow by its attribute found_inf, and calls step all the same."""
+    seen = []
+
+    def look(trainer):
+        run = callback._runs[trainer]
+        before = [parameter.clone() for parameter in run.parameters]
+        for overflow in (1.0, 0.0):
+            run.taught = True
+            for parameter in run.parameters:
+                parameter.grad = torch.ones_like(parameter)
+            fused = SimpleNamespace(param_groups=trainer.optimizer.param_groups, found_inf=torch.tensor(overflow))
+            run.step(fused, (), {})
+            assert all(parameter.grad is None for parameter in run.parameters)
+            seen.append(all(torch.equal(old, new) for old, new in zip(before, run.parameters, strict=True)))
+
+    callback = FGDCallback(teacher_file)
+    train(callback, hooks=[("on_train_batch_end", look)])
+    assert seen == [True, False] * 5
 
 
 def test_two_trainings_of_one_object(train, teacher_file):

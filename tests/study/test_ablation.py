@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fgd_hooks.config import LossConfig
+from fgd_hooks.lessons import build_loss
 from fgd_hooks.losses import FGDLoss, create_loss
 from fgd_hooks.study.ablation import AblationLoss, NonLocalBlock
 from tests.losses.test_golden import CASES, THEIR_PARTS, Golden
@@ -35,6 +37,11 @@ def test_with_nothing_switched_it_is_fgd(case):
     (gradient,) = torch.autograd.grad(result.loss, golden.student, retain_graph=True)
     (wanted,) = torch.autograd.grad(expected.loss, golden.student)
     torch.testing.assert_close(gradient, wanted, rtol=1e-8, atol=1e-12 * float(wanted.abs().max()))
+
+
+def test_a_preset_counts_as_for_fgd():
+    mine = build_loss(LossConfig(name="fgd_ablation", preset="fcos"), 4)
+    assert (mine.alpha, mine.temperature) == (1.6e-3, 0.8)  # the paper's, for FCOS
 
 
 def test_without_attentions_a_cell_weighs_its_mask():

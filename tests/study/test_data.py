@@ -105,6 +105,19 @@ def test_the_drawn_set_has_a_test_split_of_other_pictures(tmp_path):
         read_source("a", DataSpec(scenes={"sise": 64}), None, tmp_path, tmp_path)
 
 
+def test_a_test_split_without_labels_is_left_out_and_said(tmp_path, caplog):
+    make_data(tmp_path / "set")
+    for file in (tmp_path / "set/labels/test").iterdir():
+        file.unlink()
+    source = read_source("a", DataSpec(yaml="set/data.yaml"), None, tmp_path, tmp_path / "out")
+    assert set(source.splits) == {"train", "val"}
+    assert "The test split is left out" in caplog.text
+    for file in (tmp_path / "set/labels/val").iterdir():
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match="'val'"):
+        read_source("a", DataSpec(yaml="set/data.yaml"), None, tmp_path, tmp_path / "out")
+
+
 def test_scanned_labels_are_not_scanned_again(tmp_path, monkeypatch):
     from ultralytics.data import YOLODataset
     from ultralytics.data.utils import check_det_dataset

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fgd_hooks.config import load_config
 from fgd_hooks.study.spec import SETTINGS, StudyError, load_study
 from tests.study.studies import make_study
 
@@ -40,6 +41,11 @@ def test_the_studies_of_the_repository(file):
         ({"arms": {"x": {"kind": "alone", "train": {"seed": 3}}}}, "arms.x.train.seed is set by the study itself"),
         ({"arms": {"x": {"kind": "alone", "data": ["b"]}}}, "there is no data set 'b'"),
         ({"arms": {}}, "arms is empty"),
+        (
+            {"data": {"a": {"yaml": "x", "teacher": {"model": "m.yaml", "train": {"epochs": 9}}}}},
+            "data.a.teacher.train.epochs is set by the study itself",
+        ),
+        ({"data": {"a": {"yaml": "x", "teacher": {"model": "m.yaml", "epochs": 0}}}}, "data.a.teacher.epochs is 0"),
         ({"data": {}}, "data is empty"),
         ({"data": {"a": {"teacher": {"weights": "t"}}}}, "data.a needs either yaml or scenes"),
         ({"data": {"a": {"yaml": "x"}}}, "arms.fgd needs data.a.teacher"),
@@ -67,6 +73,13 @@ def test_a_missing_file_and_no_yaml(tmp_path):
 def test_a_set_for_pretraining_alone_needs_no_teacher(tmp_path):
     data = {**DATA, "b": {"yaml": "x", "compare": False}}
     assert not load_study(make_study(tmp_path, data=data)).data["b"].compare
+
+
+def test_dotted_settings_are_what_a_training_takes(tmp_path):
+    arms = {"alone": {"kind": "alone"}, "x": {"fgd": {"balance.ratio": 2.0}}}
+    spec = load_study(make_study(tmp_path, data=DATA, arms=arms, fgd={"balance": {"interval": 20}}))
+    config = load_config(spec.arms["x"].fgd)  # as FGDCallback reads it
+    assert (config.balance.ratio, config.balance.interval) == (2.0, 20)
 
 
 def test_settings_of_all_arms_are_merged_into_each(tmp_path):
