@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--imgsz", type=int, default=192)
     parser.add_argument("--out", type=Path, default=Path("gradients.csv"))
     parser.add_argument("fgd", nargs="*", help="settings of the distillation, key=value")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     model = YOLO(options.student, task="detect")
     callback = FGDCallback(options.teacher, {"loss": {"options": {"fused": False}}}, options.fgd)
     tracer = Tracer(callback)

@@ -31,7 +31,12 @@ from benchmarks.models import retinanet, save_yolo, yolo, yolo_batch
 from fgd_hooks import Distiller
 from fgd_hooks.config import FGDConfig, load_config
 
-PAIRS = [("yolo26n", "yolo26s", 320, 4), ("yolo26n", "yolo26s", 192, 8), ("yolo11s", "yolo11m", 192, 4)]
+PAIRS = [
+    ("yolo26n", "yolo26s", 320, 4),
+    ("yolo26n", "yolo26s", 192, 8),
+    ("yolo26-half", "yolo26s", 192, 8),
+    ("yolo11s", "yolo11m", 192, 4),
+]
 COLUMNS = ["arm", "median_ms", "quartiles_ms", "of_alone", "of_builtin", "of_floor"]
 
 
