@@ -194,6 +194,7 @@ class TrainingRun:
             return
         overflow = getattr(optimizer, "found_inf", None)
         if not taught or (overflow is not None and bool(overflow)):
+            self.gradient_norm = 0.0
             self.distiller.zero_grad()
             return
         scaler = self.trainer.scaler
