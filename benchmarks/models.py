@@ -8,20 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-NARROW = {"yolo26-half": ("yolo26n", [0.5, 0.125, 1024])}
+NARROW = {"yolo26-half": ("yolo26n.yaml", [0.5, 0.125, 1024])}
 """Students of the studies that Ultralytics has no yaml of: which yaml they come from; depth, width, most channels."""
 
 
 def yolo(name: str, classes: int = 20, args: dict[str, Any] | None = None) -> nn.Module:
     """An Ultralytics detector, ready to train on batches of :func:`yolo_batch`."""
     from ultralytics.cfg import get_cfg
-    from ultralytics.nn.tasks import DetectionModel, yaml_model_load
+    from ultralytics.nn.tasks import DetectionModel
 
-    origin, scale = NARROW.get(name, (name, None))
-    content = yaml_model_load(f"{origin}.yaml")
-    if scale is not None:
-        content.update(scales={"n": scale}, scale="n")
-    model: nn.Module = DetectionModel(content, nc=classes, verbose=False)
+    from fgd_hooks.study.train import rescaled
+
+    yaml = rescaled(*NARROW[name]) if name in NARROW else f"{name}.yaml"
+    model: nn.Module = DetectionModel(yaml, nc=classes, verbose=False)
     model.args = get_cfg(overrides=args or {})
     model.train()
     with torch.no_grad():  # the batch statistics of an untrained model make its features vanish in eval mode

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fgd_hooks.configtext import check_extent, from_overrides, merge, read_yaml
+from fgd_hooks.configtext import check_extent, merge, nested, read_yaml
 from fgd_hooks.schema import ConfigError, Section, build, check_keys, not_negative, one_of, positive, require, sections
 
 __all__ = [
@@ -302,9 +302,10 @@ def load_config(
     """
     merged: dict[str, Any] = {}
     sources = []
-    for source, values in (_from_config(config), from_overrides(overrides)):
-        check_extent(values, source)
-        _, values = from_overrides(values)  # dotted keys are sections everywhere
+    for source, given in (_from_config(config), ("overrides", overrides)):
+        check_extent(given, source)
+        values = nested(given)
+        check_extent(values, source)  # dots are sections, too
         check_keys(values, source, FGDConfig)
         merge(merged, values)
         sources += [source] if values else []

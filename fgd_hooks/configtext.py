@@ -73,28 +73,28 @@ def parse_yaml(text: str) -> Any:
         raise ValueError("it is nested too deep") from None
 
 
-def from_overrides(overrides: Sequence[str] | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Where the values are from, for messages, and ``["balance.ratio=1"]`` or ``{"balance.ratio": 1}`` nested.
+def nested(settings: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """``["balance.ratio=1"]`` or ``{"balance.ratio": 1}`` as ``{"balance": {"ratio": 1}}``.
 
     Raises:
         ConfigError: a text that is no ``key=value``, or a key given twice.
     """
-    pairs = list(overrides.items()) if isinstance(overrides, Mapping) else [_key_value(text) for text in overrides]
-    nested: dict[str, Any] = {}
+    pairs = list(settings.items()) if isinstance(settings, Mapping) else [_key_value(text) for text in settings]
+    found: dict[str, Any] = {}
     for key, value in pairs:
         *sections, last = str(key).split(".")
-        place = nested
+        place = found
         for section in sections:
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
                 raise ConfigError(f"{key} and another setting give the same key twice.")
-        if last in place and not isinstance(overrides, Mapping):
+        if last in place and not isinstance(settings, Mapping):
             raise ConfigError(f"overrides: {key} is given twice.")
         if isinstance(value, Mapping) and isinstance(place.get(last), dict):
             place[last].update(value)
         else:
             place[last] = dict(value) if isinstance(value, Mapping) else value
-    return "overrides", nested
+    return found
 
 
 def _key_value(text: str) -> tuple[str, Any]:

@@ -92,14 +92,11 @@ def read_run(folder: str | Path) -> Run:
         hint = f" There are runs inside it: {', '.join(inside)}." if inside else ""
         raise RunError(f"{folder} is no run of Ultralytics': {' and '.join(missing)} missing.{hint}")
     settings = _read_yaml(folder / "args.yaml")
-    model = folder / Path(str(settings.get("model"))).name
-    if (
-        model.suffix == ".yaml"
-        and Path(str(settings["model"])).parent.name == folder.resolve().name
-        and model.is_file()
-    ):
+    model = Path(str(settings.get("model")))
+    own = folder / model.name
+    if own.suffix == ".yaml" and own.is_file() and model.parent.name == folder.resolve().name:
         # a study writes its student's yaml into each run's folder: the same model under another path for each seed
-        settings["model"] = f"{model.name} {hashlib.sha256(model.read_bytes()).hexdigest()[:8]}"
+        settings["model"] = f"{own.name} {hashlib.sha256(own.read_bytes()).hexdigest()[:8]}"
     rows = _read_csv(folder / "results.csv")
     planned = int(settings.get("epochs") or 0)
     epochs = int(rows[-1]["epoch"])

@@ -85,8 +85,8 @@ def read_side_file(path: Path) -> dict[str, Any]:
             f"{path} cannot be read as a side file of fgd_hooks: {error or type(error).__name__}. "
             "Remove it to go on with new adapters."
         ) from error
-    found = content.get("fgd_hooks") if isinstance(content, dict) else None
-    if not isinstance(content, dict) or not isinstance(found, int) or found != FORMAT:  # a tensor cannot be compared
+    kind = content.get("fgd_hooks") if isinstance(content, dict) else None
+    if not (isinstance(content, dict) and isinstance(kind, int) and kind == FORMAT):  # a tensor cannot be compared
         raise SideFileError(f"{path} is no side file of fgd_hooks (format {FORMAT}).")
     return content
 

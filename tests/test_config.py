@@ -194,6 +194,7 @@ def test_endless_and_huge_values_in_python():
         {"weight": 10**5000},
         {"every": -(10**400)},
         {10**5000: 1},
+        {"loss.options." + "a." * 5000 + "b": 1},
         {"loss": {"options": {1: 2}}},
         3,
     ):

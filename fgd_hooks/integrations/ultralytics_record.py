@@ -57,9 +57,9 @@ def changed_settings(config: FGDConfig, folder: Path) -> dict[str, tuple[Any, An
         return {}
     now = flat(config_to_dict(config))
     changed = {key: (before.get(key), now[key]) for key in now if before.get(key) != now[key] and key not in SHOWN_KEYS}
-    name, folders = "fgd.teacher.name", changed.get("fgd.teacher.name")
-    if folders and Path(str(folders[0])).name == Path(str(folders[1])).name:
-        del changed[name]  # the same file by another path
+    teachers = [Path(str(name)).name for name in changed.get("fgd.teacher.name", ())]
+    if teachers and teachers[0] == teachers[1]:
+        del changed["fgd.teacher.name"]  # the same file by another path
     return changed
 
 

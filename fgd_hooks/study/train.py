@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +103,21 @@ def model_file(job: dict[str, Any], folder: Path) -> str:
     if not job["scale"]:
         return str(job["model"])
     import yaml
+
+    file = folder / "model.yaml"  # a name that says no scale
+    file.write_text(yaml.safe_dump(rescaled(job["model"], job["scale"]), sort_keys=False), encoding="utf-8")
+    return str(file)
+
+
+def rescaled(model: str, scale: Sequence[float]) -> dict[str, Any]:
+    """A model yaml with one scale, depth, width and most channels, which is the one that counts where none is named."""
     from ultralytics.nn.tasks import yaml_model_load
 
-    content = dict(yaml_model_load(job["model"]))
+    content = dict(yaml_model_load(model))
     for key in ("yaml_file", "scale"):
         content.pop(key, None)
-    # One scale, in a file whose name says none, so that this is the one that counts.
-    content["scales"] = {"n": [job["scale"][0], job["scale"][1], int(job["scale"][2])]}
-    file = folder / "model.yaml"
-    file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    return str(file)
+    content["scales"] = {"n": [scale[0], scale[1], int(scale[2])]}
+    return content
 
 
 def main() -> None:
