@@ -82,7 +82,10 @@ def log_tail(file: Path) -> str:
 def write_json(file: Path, content: object) -> None:
     """Write a JSON file in one piece: a reader sees the old or the new content, never half of it."""
     temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(json.dumps(content, indent=1) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())  # the new name must not survive a loss of power without its content
     os.replace(temporary, file)
 
 

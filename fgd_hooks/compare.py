@@ -7,8 +7,11 @@ validator, and COCO metrics of the weights by pycocotools, which know classes an
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os.path import commonprefix
@@ -25,6 +28,8 @@ __all__ = ["Arm", "Comparison", "RunError", "compare"]
 
 _LOG_HEADINGS = ("arm", "runs", "mAP50-95", "mAP50", "best mAP50-95", "best epoch", "epochs", "minutes")
 _COCO = {"mAP50-95": "map50_95", "mAP50": "map50", "small": "map_small", "medium": "map_medium", "large": "map_large"}
+logger = logging.getLogger("fgd_hooks")
+
 LOG_TITLE = "Last epoch, from the logs (Ultralytics' validator), per cent"
 
 
@@ -146,7 +151,7 @@ def _evaluation(
     run: Run, data: str | Path | None, split: str, weights: str, device: str | None
 ) -> dict[str, Any] | None:
     if data is None:
-        return read_evaluation(run.folder / "eval.json") or read_evaluation(run.folder / f"eval-{split}.json")
+        return _kept(run, "eval.json") or _kept(run, f"eval-{split}.json")
     model = run.folder / "weights" / f"{weights}.pt"
     if not model.is_file():
         raise FileNotFoundError(f"{run.folder} has no weights/{weights}.pt, so it cannot be measured on {data}.")
@@ -166,8 +171,23 @@ def _evaluation(
     return result
 
 
+def _kept(run: Run, name: str) -> dict[str, Any] | None:
+    """Figures that lie in the run; None where there are none, or where the weights they name were written later."""
+    file = run.folder / name
+    found = read_evaluation(file)
+    if found is None:
+        return None
+    model = run.folder / "weights" / Path(str(found.get("model"))).name
+    if model.is_file() and model.stat().st_mtime > file.stat().st_mtime:
+        logger.warning("%s is older than %s and is left out; measure it again with --data.", file, model.name)
+        return None
+    return found
+
+
 def _group(runs: Sequence[Run]) -> tuple[Arm, ...]:
     """Runs with the same settings together; one that is unfinished or whose settings are not known stays alone."""
+    times = Counter(run.name for run in runs)  # "train", as a rule, in folders of other names
+    names = {run.folder: f"{run.folder.parent.name}/{run.name}" if times[run.name] > 1 else run.name for run in runs}
     groups: dict[str, list[Run]] = {}
     for run in runs:
         alone = "" if run.finished and run.distillation is not None else str(run.folder)
@@ -175,8 +195,9 @@ def _group(runs: Sequence[Run]) -> tuple[Arm, ...]:
         groups.setdefault(key, []).append(run)
     labels: list[str] = []
     for members in groups.values():
-        label = _label([run.name for run in members])
-        labels.append(label if label not in labels else f"{label} ({labels.count(label) + 1})")
+        label = _label([names[run.folder] for run in members])
+        numbers = itertools.chain((label,), (f"{label} ({number})" for number in itertools.count(2)))
+        labels.append(next(each for each in numbers if each not in labels))
     return tuple(
         Arm(label, tuple(sorted(members, key=lambda run: run.seed)))
         for label, members in zip(labels, groups.values(), strict=True)

@@ -35,6 +35,7 @@ import numpy as np
 from fgd_hooks.cocometrics import ClassMetrics, CocoMetrics, check_max_dets, coco_metrics, percent
 from fgd_hooks.evaldata import DataError, EvalData, Floats, read_data
 from fgd_hooks.evaldata.links import linked_copy
+from fgd_hooks.evaldata.types import shorten
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -227,8 +228,8 @@ def _class_map(truth: EvalData, names: dict[int, str], match: Match) -> dict[int
         raise DataError(f"match must be 'name' or 'order', got {match!r}")
     if len(truth.names) != len(names):
         raise DataError(
-            f"{truth.source} has {len(truth.names)} classes ({_listing(truth.names)}), the model has {len(names)} "
-            f"({_listing(list(names.values()))}); evaluate on data with the classes that the model was trained on"
+            f"{truth.source} has {len(truth.names)} classes ({shorten(truth.names)}), the model has {len(names)} "
+            f"({shorten(list(names.values()))}); evaluate on data with the classes that the model was trained on"
         )
     theirs = [names[k] for k in sorted(names)]
     if match == "order" or list(truth.names) == theirs:
@@ -236,8 +237,8 @@ def _class_map(truth: EvalData, names: dict[int, str], match: Match) -> dict[int
     if sorted(truth.names) != sorted(theirs) or len(set(theirs)) != len(theirs):
         unknown = [name for name in truth.names if name not in theirs]
         raise DataError(
-            f"{truth.source} has classes the model does not know by that name ({_listing(unknown or truth.names)}); "
-            f"the model's are {_listing(theirs)}. Rename them in the data, or pass match='order' where they mean the "
+            f"{truth.source} has classes the model does not know by that name ({shorten(unknown or truth.names)}); "
+            f"the model's are {shorten(theirs)}. Rename them in the data, or pass match='order' where they mean the "
             "same in the same order"
         )
     if not truth.by_name:
@@ -308,10 +309,4 @@ def _channels(yolo: Any) -> int:
 
 def _numbered(ids: Sequence[int], names: Sequence[str]) -> str:
     """`0: disc, 1: ring`."""
-    return _listing([f"{i}: {name}" for i, name in zip(ids, names, strict=True)])
-
-
-def _listing(values: Sequence[str], limit: int = 12) -> str:
-    """The values as text, cut where there are many."""
-    shown = ", ".join(values[:limit])
-    return f"{shown}, ..." if len(values) > limit else shown
+    return shorten([f"{i}: {name}" for i, name in zip(ids, names, strict=True)])

@@ -136,6 +136,24 @@ def test_classes_and_sizes_come_from_the_evaluations(runs):
     assert "DIFFERENT" in compare(runs).tables()[1][0]
 
 
+def test_figures_older_than_the_weights_are_left_out(runs, caplog):
+    for folder in runs:
+        (folder / "weights").mkdir(exist_ok=True)
+        (folder / "weights" / "last.pt").write_bytes(b"new")
+        (folder / "eval.json").write_text(json.dumps(evaluation(0.9, data="d.yaml", split="val", model="w/last.pt")))
+    assert table(compare(runs), 1)[0]["mAP50-95"] == "90.0 ± 0.0"
+    os.utime(runs[0] / "eval.json", (0, 0))
+    assert table(compare(runs), 1)[0]["mAP50-95"] == "90.0"
+    assert "eval.json is older than last.pt" in caplog.text
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path):
+    for number, name in enumerate(("alone", "fgd", "x", "y")):
+        make_run(tmp_path / name / "train", [0.1], seed=0, lr0=0.1 + number)
+    result = compare([tmp_path / name / "train" for name in ("alone", "fgd", "x", "y")])
+    assert [row["arm"] for row in table(result, 0)] == ["alone/train", "fgd/train", "x/train", "y/train"]
+
+
 def test_markdown_and_json(runs):
     result = compare(runs)
     assert "| fgd | 2 | 45.0 ± 7.1 | 90.0 ± 14.1 |" in result.markdown()

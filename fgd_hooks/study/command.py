@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fgd_hooks.study.plan import TEST, Plan, Planner
+from fgd_hooks.study.settings import check_training
 from fgd_hooks.study.spec import StudyError, load_study
 
 RESULTS = Path("docs") / "results"
@@ -44,7 +45,11 @@ def add_parser(commands: Any) -> None:
     study.add_argument(
         "--data-root", type=Path, default=Path(root) if root else None, help="folder of the data sets ($FGD_DATA)"
     )
-    study.add_argument("--jobs", type=int, help="trainings at a time, one thread each (default: as many as cores)")
+    study.add_argument(
+        "--jobs",
+        type=int,
+        help="trainings at a time, one thread each (default: as many as cores, or as GPUs are given)",
+    )
     study.add_argument("--device", default="cpu", help="devices as in Ultralytics, given out in turn: cpu, or 0,1")
     study.add_argument("--only", nargs="+", metavar="ARM", help="these arms only")
     study.add_argument("--data", nargs="+", metavar="NAME", help="these data sets only")
@@ -91,52 +96,78 @@ def study_command(arguments: argparse.Namespace) -> int:
         unknown = [name for name in given or () if name not in known]
         if unknown:
             raise StudyError(f"There is no {kind} {unknown[0]!r} in {file}; it has {', '.join(known)}.")
-    if arguments.table is not None and arguments.collect is None:
-        return _table(arguments.table / spec.name)
+    foreign = [seed for seed in arguments.seeds or () if seed not in spec.seeds]
+    if foreign:
+        raise StudyError(f"{file} has no seed {foreign[0]}; its seeds are {', '.join(map(str, spec.seeds))}.")
+    devices, jobs = _slots(arguments)
     planner = Planner(spec, file.resolve(), arguments.out.resolve(), arguments.data_root)
-    if not (arguments.dry_run or arguments.test or arguments.collect):
-        return _train(planner, arguments)
-    plan = planner.plan(arguments.only, arguments.data, arguments.seeds)
+    wanted = (arguments.only, arguments.data, arguments.seeds)
     if arguments.dry_run:
-        _list(plan)
-    elif arguments.test:
-        _test(plan, arguments.device)
-    else:
+        check_training(spec, planner)
+        _list(planner.plan(*wanted))
+        return 0
+    if not (arguments.test or arguments.collect or arguments.table):
+        check_training(spec, planner)
+        return _train(planner, arguments, devices, jobs)
+    # in the order in which each finds what the one before has left
+    if arguments.test:
+        _test(planner.plan(*wanted), devices[0])
+    if arguments.collect is not None:
         from fgd_hooks.study.collect import collect
 
         folder = arguments.collect / spec.name
-        count = collect(spec, plan, folder)
+        count, removed = collect(spec, planner.plan(*wanted), folder, planner.plan())
         print(f"{count} runs in {folder}")
-        if arguments.table is not None:
-            return _table(folder)
+        for name in removed:
+            print(f"removed {name}: the study has it no more, or with other settings")
+    if arguments.table is not None:
+        return _table((arguments.collect or arguments.table) / spec.name)
     return 0
 
 
-def _train(planner: Planner, arguments: argparse.Namespace) -> int:
+def _slots(arguments: argparse.Namespace) -> tuple[list[str], int]:
+    """The devices, and how many trainings run at a time.
+
+    Raises:
+        StudyError: an empty device, or fewer than one training at a time.
+    """
+    devices = [device.strip() for device in arguments.device.split(",")]
+    if not all(devices):
+        raise StudyError(f"--device is {arguments.device!r}; expected cpu, or devices with commas between: 0,1.")
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise StudyError(f"--jobs is {arguments.jobs}; expected 1 or more.")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return devices, arguments.jobs or (cores if devices == ["cpu"] else len(devices))
+
+
+def _train(planner: Planner, arguments: argparse.Namespace, devices: list[str], jobs: int) -> int:
     from fgd_hooks.study.data import scan_labels
     from fgd_hooks.study.runner import Runner
 
     end_on_terminate()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limit = arguments.max_minutes
     runner = Runner(
-        jobs=max(1, arguments.jobs or cores),
-        devices=arguments.device.split(","),
+        jobs=jobs,
+        devices=devices,
         deadline=None if limit is None else time.monotonic() + 60 * limit,
         say=lambda text: print(text, flush=True),
     )
     scanned: set[Path] = set()
+    left, first = 0, True
     while True:
         plan = planner.plan(arguments.only, arguments.data, arguments.seeds)
-        open_runs = [run for run in plan.runs if run.result() is None]
+        open_runs = [run for run in plan.runs if run.result() is None and run.name not in runner.failed]
+        if not (open_runs or first):  # what is not planned yet waits for a run that failed
+            break
         print(f"{len(plan.runs)} runs, {len(plan.runs) - len(open_runs)} done before", flush=True)
         for run in open_runs:
             if run.prepared.yaml not in scanned:
                 scan_labels(run.prepared)
                 scanned.add(run.prepared.yaml)
         left = runner.run(plan.runs)
-        if left or not plan.waiting or not open_runs or runner.failed:
+        if left or not plan.waiting:
             break
+        first = False
     if left:
         print(f"The time is over: {left} runs are left; the same command goes on with them.")
     for text in plan.waiting:

@@ -6,6 +6,7 @@ Which images a subset holds follows from their names and a seed alone, so a smal
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -24,6 +25,7 @@ from fgd_hooks.study.spec import DataSpec, StudyError
 logger = logging.getLogger("fgd_hooks")
 
 SPLITS = ("train", "val", "test")
+_BLOCK = 4096  # bytes: compressed images that differ anywhere differ here, too, and large sets need no reading in whole
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Prepared:
 
     Attributes:
         yaml: its data yaml.
-        key: what tells it from every other: names of classes and images, and all labels.
+        key: what tells it from every other: names of classes and images, the images' content and all labels.
         counts: images by split.
     """
 
@@ -86,7 +88,18 @@ def read_source(name: str, spec: DataSpec, root: Path | None, beside: Path, out:
         splits["test"] = splits["val"]
         splits["val"] = tuple(image for image in splits["train"] if image in held)
         splits["train"] = tuple(image for image in splits["train"] if image not in held)
+        if not splits["train"]:
+            raise StudyError(f"data.{name}.holdout: {spec.holdout} of {len(held)} images leaves none for training.")
+    _warn_of_repeats(name, splits)
     return Source(names, splits)
+
+
+def _warn_of_repeats(name: str, splits: Mapping[str, Sequence[Path]]) -> None:
+    """Say so where the same file lies in two splits: figures on the one then say little about new images."""
+    for first, second in itertools.combinations(splits, 2):
+        common = {image.resolve() for image in splits[first]} & {image.resolve() for image in splits[second]}
+        if common:
+            logger.warning("data.%s: %d images are in both %s and %s.", name, len(common), first, second)
 
 
 def subset(images: Sequence[Path], fraction: float, seed: int, purpose: str = "subset") -> tuple[Path, ...]:
@@ -109,7 +122,7 @@ def prepare(name: str, source: Source, out: Path, fraction: float = 1.0, seed: i
     Nothing is written where it is there already, or where the sources lie.
 
     Raises:
-        StudyError: two images of one split have the same name.
+        StudyError: two images of one split have the same name, but for its ending.
     """
     splits = dict(source.splits)
     splits["train"] = subset(splits["train"], fraction, seed)
@@ -128,6 +141,8 @@ def prepare(name: str, source: Source, out: Path, fraction: float = 1.0, seed: i
                 raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+    else:
+        _mend_links(folder, splits)
     return Prepared(folder / "data.yaml", key, counts)
 
 
@@ -147,16 +162,26 @@ def scan_labels(prepared: Prepared) -> None:
         YOLODataset(img_path=data[split], data=data, augment=False)
 
 
+def _mend_links(folder: Path, splits: Mapping[str, Sequence[Path]]) -> None:
+    """Let links whose images were moved since point to where the images are now."""
+    for split, images in splits.items():
+        for image in images:
+            link = folder / "images" / split / image.name
+            if not link.exists():
+                link.unlink(missing_ok=True)
+                link_file(image.resolve(), link)
+
+
 def _lay_out(into: Path, folder: Path, names: Sequence[str], labels: Mapping[str, Mapping[Path, str]]) -> None:
     for split, images in labels.items():
         for kind in ("images", "labels"):
             (into / kind / split).mkdir(parents=True)
         for image, text in images.items():
-            link = into / "images" / split / image.name
-            if link.is_symlink() or link.exists():
-                raise StudyError(f"Two images of {split} are called {image.name}; rename one of them.")
-            link_file(image.resolve(), link)
-            (into / "labels" / split / f"{image.stem}.txt").write_text(text, encoding="utf-8")
+            label = into / "labels" / split / f"{image.stem}.txt"
+            if label.exists():  # one label file would have to serve both
+                raise StudyError(f"Two images of {split} are called {image.stem}; rename one of them.")
+            link_file(image.resolve(), into / "images" / split / image.name)
+            label.write_text(text, encoding="utf-8")
         lines = (f"./images/{split}/{image.name}\n" for image in images)
         (into / f"{split}.txt").write_text("".join(lines), encoding="utf-8")
     content = [f"path: {json.dumps(folder.resolve().as_posix())}"]
@@ -204,6 +229,20 @@ def _label(image: Path) -> str:
     return file.read_text(encoding="utf-8-sig") if file.is_file() else ""
 
 
+def _content(image: Path) -> str:
+    """What tells an image from another one of its name: a hash of its size and of three blocks of its bytes."""
+    size = image.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with image.open("rb") as stream:
+        for start in (0, size // 2, max(0, size - _BLOCK)):
+            stream.seek(start)
+            digest.update(stream.read(_BLOCK))
+    return digest.hexdigest()[:16]
+
+
 def _key(names: Iterable[str], labels: Mapping[str, Mapping[Path, str]]) -> str:
-    content = {split: [(image.name, text) for image, text in images.items()] for split, images in labels.items()}
+    content = {
+        split: [(image.name, _content(image), text) for image, text in images.items()]
+        for split, images in labels.items()
+    }
     return hashlib.sha256(json.dumps([list(names), content]).encode()).hexdigest()[:10]

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fgd_hooks.reporting import markdown_table, spread
-from fgd_hooks.study.tables import SUBJECT, Arm, Group, group_records, interval_text, read_records
+from fgd_hooks.study.spec import StudyError
+from fgd_hooks.study.tables import SUBJECT, Arm, Group, cost_ratio, group_records, interval_text, read_records
 
 RIVALS = {
     "alone": "the student alone",
@@ -16,6 +17,8 @@ RIVALS = {
     "start_same_compute": "the start alone, same compute",
 }
 """Arms that the default is compared with, by name; a study that lacks one leaves the cell empty."""
+
+SAME_COMPUTE = tuple(name for name in RIVALS if name.endswith("same_compute"))
 
 INTRODUCTION = (
     "mAP50-95 by pycocotools of the last weights, per cent: mean ± standard deviation over the seeds. Less ...: "
@@ -30,9 +33,11 @@ def write_overview(folders: Sequence[Path], file: Path) -> str:
 
     Raises:
         FileNotFoundError, StudyError: a folder holds no results, see :func:`fgd_hooks.study.tables.read_records`.
+        StudyError: no folder has a run of the arm ``fgd``.
     """
     gains: list[tuple[str, ...]] = []
     differences: list[tuple[str, ...]] = []
+    costs: dict[tuple[str, ...], None] = {}
     sources: dict[str, None] = {}
     for folder in folders:
         study, records = read_records(folder)
@@ -42,6 +47,7 @@ def write_overview(folders: Sequence[Path], file: Path) -> str:
                 if SUBJECT in arms and arms[SUBJECT].values(split):
                     gains.append(_gain_row(group, arms[SUBJECT], split))
                     differences.append(_difference_row(group, arms, split))
+                    costs.update(_cost_row(group, arms))
                     sources[f"[{folder.name}]({folder.name}/tables.md)"] = None
     what = ("data", "student", "split")
     lines = [
@@ -53,11 +59,32 @@ def write_overview(folders: Sequence[Path], file: Path) -> str:
         "",
         *markdown_table((*what, *(f"less {text}" for text in RIVALS.values())), differences),
         "",
+        *_costs(list(costs)),
         "From: " + ", ".join(sources) + ".",
     ]
+    if not gains:
+        raise StudyError(f"None of {', '.join(map(str, folders))} has a run of the arm {SUBJECT!r}.")
     text = "\n".join(lines) + "\n"
     file.write_text(text, encoding="utf-8")
     return text
+
+
+def _costs(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """What the arms of equal compute were given, which was fixed before they ran."""
+    if not rows:
+        return []
+    heading = ("data", "student", "arm", "epochs", f"epochs of `{SUBJECT}`", f"CPU of `{SUBJECT}` as a multiple")
+    return ["What the arms of the same compute had and took:", "", *markdown_table(heading, rows), ""]
+
+
+def _cost_row(group: Group, arms: dict[str, Arm]) -> dict[tuple[str, ...], None]:
+    rows: dict[tuple[str, ...], None] = {}
+    mine = arms[SUBJECT]
+    for name in SAME_COMPUTE:
+        ratio = cost_ratio(mine, arms[name]) if name in arms else None
+        if ratio is not None:
+            rows[(group.data, group.student, name, str(arms[name].epochs), str(mine.epochs), f"{ratio:.2f}")] = None
+    return rows
 
 
 def _gain_row(group: Group, subject: Arm, split: str) -> tuple[str, ...]:

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fgd_hooks.childprocess import read_json
+from fgd_hooks.config import config_to_dict, load_config
 from fgd_hooks.study.data import Prepared, find_file, prepare, read_source
 from fgd_hooks.study.spec import SETTINGS, ArmSpec, DataSpec, PretrainSpec, StudentSpec, StudyError, StudySpec
+
+logger = logging.getLogger("fgd_hooks")
 
 RESULT, TEST = "result.json", "test.json"
 
@@ -67,7 +71,7 @@ class Run:
     def folder(self) -> Path:
         """Where the run lies: an existing folder with the same key, whatever it is called, or one of its own."""
         present = sorted(path for path in self.out.glob(f"*-s{self.seed}-{self.key}") if path.is_dir())
-        done = [path for path in present if (path / RESULT).is_file()]
+        done = [path for path in present if read_result(path) is not None]
         return (done or present or [self.out / self.name])[0]
 
     @property
@@ -82,13 +86,24 @@ class Run:
 
     def result(self) -> dict[str, Any] | None:
         """What the finished run found; None while it is not finished."""
-        file = self.folder / RESULT
-        return read_json(file) if file.is_file() else None
+        return read_result(self.folder)
 
     def test(self) -> dict[str, Any] | None:
         """The figures on the test split; None while they were not measured."""
         file = self.folder / TEST
         return read_json(file) if file.is_file() else None
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """What the run in a folder found; None while it is not finished, or where the file is damaged, which is said."""
+    file = folder / RESULT
+    try:
+        return read_json(file)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        logger.warning("%s is damaged (%s); the run counts as unfinished and will be done again.", file, error)
+        return None
 
 
 @dataclass(frozen=True)
@@ -163,7 +178,10 @@ class Planner:
             found = [self.run(name, other, seed).result() for seed in self.spec.seeds]
             if not all(found):
                 return None
-            seconds.append(sum(float(each["cpu_s"]) / int(each["epochs"]) for each in found if each))
+            # other programs only ever slow a run down, so the quickest seed is nearest to the cost
+            seconds.append(min(float(each["cpu_s"]) / int(each["epochs"]) for each in found if each))
+        if min(seconds) <= 0:
+            raise StudyError(f"{name}: a run of {arm.compute} or {self.spec.baseline} took no CPU time; remove it.")
         length = self.epochs(name, self.spec.arms[arm.compute])
         return None if length is None else max(1, round(length * seconds[0] / seconds[1]))
 
@@ -180,7 +198,7 @@ class Planner:
                 seed=seed,
                 epochs=epochs or self.epochs(name, arm) or 1,
                 student=student.name or Path(student.model).stem,
-                model=self._model(student.model),
+                model=self.model(student.model),
                 scale=tuple(student.scale) if student.scale else None,
                 settings={**SETTINGS, **spec.train, **data.train, **arm.train},
                 fgd=arm.fgd,
@@ -203,7 +221,7 @@ class Planner:
                 f"({self.root or 'not given'}) nor beside the study file, and there is no model to train."
             )
         trained = given is None or not given.is_file()
-        model = self._model(str(data.teacher.model)) if trained else str(given)
+        model = self.model(str(data.teacher.model)) if trained else str(given)
         return self._finish(
             Run(
                 data=name,
@@ -245,7 +263,7 @@ class Planner:
                 seed=wanted.seed,
                 epochs=wanted.epochs,
                 student=student.name or Path(student.model).stem,
-                model=self._model(student.model),
+                model=self.model(student.model),
                 scale=tuple(student.scale) if student.scale else None,
                 settings={**SETTINGS, **self.spec.train, **data.train},
                 fgd={},
@@ -254,7 +272,7 @@ class Planner:
             )
         )
 
-    def _model(self, text: str) -> str:
+    def model(self, text: str) -> str:
         """A model file by its whole path; a name of Ultralytics' own as it is."""
         file = find_file(text, self.root, self.file.parent)
         return str(file) if file.is_file() else text
@@ -273,7 +291,8 @@ class Planner:
             "model": hashlib.sha256(model.read_bytes()).hexdigest() if model.is_file() else run.model,
             "scale": run.scale,
             "settings": run.settings,
-            "fgd": run.fgd,
+            # all of them: a default that a later version changes, and one that is written out, count as what they are
+            "fgd": config_to_dict(load_config(run.fgd)) if run.kind == "fgd" else {},
             "data": run.prepared.key,
             "teacher": run.teacher.key if run.teacher else None,
             "start": run.start.key if run.start else None,

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from fgd_hooks.childprocess import log_tail, read_json, start_child, stop_child, write_json
-from fgd_hooks.study.plan import RESULT, Run
+from fgd_hooks.study.plan import Run, read_result
 from fgd_hooks.study.train import JOB, job_of
 
 TRAIN = (sys.executable, "-m", "fgd_hooks.study.train")
-LOCK, LOG = "running.json", "train.log"
+LOCK, LOG, GUARD = "running.json", "train.log", ".lock"
 _POLL_SECONDS = 0.5
 _OTHERS_SECONDS = 10.0
 
@@ -132,17 +132,13 @@ class _Running:
 
 def lock(folder: Path) -> bool:
     """Take a run's folder for this process; False where it is finished, or another living process has it."""
+    from filelock import FileLock
+
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / LOCK
-    if (folder / RESULT).is_file() or in_progress(folder):
-        return False
-    file.unlink(missing_ok=True)
-    try:
-        descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-    except FileExistsError:
-        return False
-    with os.fdopen(descriptor, "w") as stream:
-        stream.write(f'{{"pid": {os.getpid()}, "since": {_since(os.getpid())}}}\n')
+    with FileLock(folder.parent / GUARD):  # two processes may find the same lock of a dead one
+        if read_result(folder) is not None or in_progress(folder):
+            return False
+        write_json(folder / LOCK, {"pid": os.getpid(), "since": _since(os.getpid())})
     return True
 
 

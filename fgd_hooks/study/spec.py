@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,11 @@ SETTINGS: dict[str, Any] = {
     "patience": 0,
 }
 """Ultralytics' settings of every run, unless the study says otherwise (``train:``)."""
+
+TAKEN = ("teacher", "pretrain")
+"""Names that no arm may have: those of the runs that arms need."""
+
+Require = Callable[[bool, str], None]
 
 RESERVED = ("data", "device", "distill_model", "epochs", "exist_ok", "model", "name", "project", "resume", "seed")
 
@@ -118,8 +126,9 @@ class DataSpec:
         fraction: share of the training images that the students see, chosen by ``subset_seed``; a smaller share is
             part of a larger one.
         subset_seed: of holdout and fraction.
-        keep_steps: with a fraction, train as many optimizer steps as with all images (more epochs); false: the same
-            number of epochs.
+        keep_steps: with a fraction, show as many images in all as without it (more epochs, and about as many
+            optimizer steps; more where few images leave the last batch of an epoch half empty); false: the same number
+            of epochs.
         teacher: of this data set; it sees all training images, whatever the fraction.
         student: instead of the study's.
         epochs: instead of the study's.
@@ -245,26 +254,44 @@ def _check(spec: StudySpec, file: Path) -> None:
         except ConfigError as error:
             raise StudyError(f"{file}: {where}: {error}") from error
 
+    def check_name(where: str, name: str) -> None:
+        # names become files' names, and parts of patterns that look for them
+        require(re.fullmatch(r"[\w.-]+", name) is not None, f"{where}: expected letters, digits, '_', '.' and '-'.")
+
+    def check_baseline() -> None:
+        known = suggestion(spec.baseline, spec.arms)
+        require(spec.baseline in spec.arms, f"baseline is {spec.baseline!r}, which is no arm. {known}")
+
     require(bool(spec.name) and Path(spec.name).name == spec.name, f"name is {spec.name!r}; expected a folder's name.")
     require(bool(spec.data), "data is empty; expected one data set or more.")
     require(bool(spec.arms), "arms is empty; expected one arm or more.")
     require(bool(spec.seeds) and len(set(spec.seeds)) == len(spec.seeds), f"seeds are {spec.seeds}; expected one each.")
     require(spec.epochs >= 1, f"epochs is {spec.epochs}; expected 1 or more.")
     for name, data in spec.data.items():
+        check_name(f"data.{name}", name)
         _check_data(spec, name, data, require)
+    pairs = Counter(f"{data}-{arm}" for data in spec.data for arm in spec.arms)
+    twins = [pair for pair, count in pairs.items() if count > 1]
+    require(not twins, f"data set and arm are both called {''.join(twins[:1])!r} in two ways; rename one of them.")
+    _check_student("student", spec.student, spec, require)
     check_settings("fgd", spec.fgd)
     for name, arm in spec.arms.items():
         where = f"arms.{name}"
-        require(name != "teacher", f"{where}: the name is taken by the teachers of the data sets.")
+        check_name(where, name)
+        require(name not in TAKEN, f"{where}: the name is taken; {' and '.join(TAKEN)} are what the arms need.")
         require(arm.kind in KINDS, f"{where}.kind is {arm.kind!r}. {suggestion(arm.kind, KINDS)}")
         require(arm.kind == "fgd" or not arm.fgd, f"{where}.fgd has no effect with kind {arm.kind}.")
         require(arm.epochs is None or arm.epochs >= 1, f"{where}.epochs is {arm.epochs}; expected 1 or more.")
         if arm.compute is not None:
             require(arm.epochs is None, f"{where} has both epochs and compute; expected one of them.")
             require(arm.compute in spec.arms, f"{where}.compute is no arm. {suggestion(arm.compute, spec.arms)}")
-            require(spec.baseline in spec.arms, f"{where}.compute needs the arm {spec.baseline!r} (baseline).")
+            check_baseline()
             fixed = all(spec.arms[each].compute is None for each in (arm.compute, spec.baseline))
             require(fixed, f"{where}.compute must name an arm whose epochs are given, as must the baseline.")
+            for each in (arm.compute, spec.baseline):
+                lacking = set(arm.data or spec.data) - set(spec.arms[each].data or spec.data)
+                require(not lacking, f"{where}.compute: {each} has no run on {', '.join(sorted(lacking))}.")
+        require(arm.data != [], f"{where}.data is empty; expected names of data sets, or null for all.")
         for each in arm.data or ():
             require(each in spec.data, f"{where}.data: there is no data set {each!r}. {suggestion(each, spec.data)}")
         compared = [each for each in arm.data or spec.data if spec.data[each].compare and arm.kind != "alone"]
@@ -278,20 +305,35 @@ def _check(spec: StudySpec, file: Path) -> None:
     for where, settings in sections:
         taken = [key for key in RESERVED if key in settings]
         require(not taken, f"{where}.{''.join(taken[:1])} is set by the study itself.")
+    check_baseline()
 
 
-def _check_data(spec: StudySpec, name: str, data: DataSpec, require: typing.Callable[[bool, str], None]) -> None:
+def _check_data(spec: StudySpec, name: str, data: DataSpec, require: Require) -> None:
     where = f"data.{name}"
     require((data.yaml is None) != (data.scenes is None), f"{where} needs either yaml or scenes.")
     require(0 < data.fraction <= 1, f"{where}.fraction is {data.fraction}; expected a share above 0, up to 1.")
     require(0 <= data.holdout < 1, f"{where}.holdout is {data.holdout}; expected a share from 0 to below 1.")
     require(not data.holdout or data.yaml is not None, f"{where}.holdout: the drawn set has a test split of its own.")
+    require(data.epochs is None or data.epochs >= 1, f"{where}.epochs is {data.epochs}; expected 1 or more.")
     if data.teacher is not None:
         given = data.teacher.weights or data.teacher.model
         require(bool(given), f"{where}.teacher needs weights, or a model to train.")
         found = data.teacher.epochs
         require(found >= 1, f"{where}.teacher.epochs is {found}; expected 1 or more (only a teacher without weights).")
-    pretrain = (data.student or spec.student).pretrain
-    if pretrain is not None:
+        _check_scale(f"{where}.teacher", data.teacher.scale, require)
+    if data.student is not None:
+        _check_student(f"{where}.student", data.student, spec, require)
+
+
+def _check_student(where: str, student: StudentSpec, spec: StudySpec, require: Require) -> None:
+    _check_scale(where, student.scale, require)
+    if (pretrain := student.pretrain) is not None:
         known = suggestion(pretrain.data, spec.data)
-        require(pretrain.data in spec.data, f"student.pretrain.data: no data set {pretrain.data!r}. {known}")
+        require(pretrain.data in spec.data, f"{where}.pretrain.data: no data set {pretrain.data!r}. {known}")
+        found = pretrain.epochs
+        require(found >= 1, f"{where}.pretrain.epochs is {found}; expected 1 or more.")
+
+
+def _check_scale(where: str, scale: list[float] | None, require: Require) -> None:
+    right = scale is None or (len(scale) == 3 and min(scale) > 0)
+    require(right, f"{where}.scale is {scale}; expected three numbers above 0: depth, width and most channels.")

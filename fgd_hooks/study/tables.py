@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,9 @@ from typing import Any
 from fgd_hooks.childprocess import read_json
 from fgd_hooks.reporting import markdown_table, spread
 from fgd_hooks.study.collect import STUDY
-from fgd_hooks.study.spec import StudyError
+from fgd_hooks.study.spec import TAKEN, StudyError
 from fgd_hooks.study.statistics import Interval, mean_interval
 
-TEACHER, PRETRAIN = "teacher", "pretrain"
 MAX_CLASSES = 12
 SUBJECT = "fgd"
 """The arm that is also compared with every other one, unless ``study.json`` names another as ``subject``."""
@@ -33,6 +33,8 @@ class Record:
         cpu_s: CPU seconds of the training.
         results: figures by split, as ``fgd eval --json`` writes them.
         batches: checksum of the training batches; None where it was not taken.
+        device: "cpu" or "gpu", whose seconds ``cpu_s`` are spent beside.
+        settings: everything else that shaped the run.
     """
 
     data: str
@@ -43,6 +45,8 @@ class Record:
     cpu_s: float
     results: dict[str, dict[str, Any]]
     batches: int | None
+    device: str = "cpu"
+    settings: str = ""
 
     def value(self, split: str) -> float | None:
         """mAP50-95 on a split, per cent; None where it was not measured."""
@@ -110,12 +114,15 @@ class Group:
         return gain.mean / gap if gap > 0 else None
 
     def cost(self, arm: Arm) -> float | None:
-        """CPU seconds as a multiple of the baseline's, the mean over common seeds."""
-        if self.baseline is None:
-            return None
-        base = {run.seed: run.cpu_s for run in self.baseline.runs if run.cpu_s}
-        ratios = [run.cpu_s / base[run.seed] for run in arm.runs if run.seed in base]
-        return statistics.fmean(ratios) if ratios else None
+        """CPU seconds as a multiple of the baseline's, the mean over common seeds on like devices."""
+        return None if self.baseline is None else cost_ratio(arm, self.baseline)
+
+
+def cost_ratio(arm: Arm, other: Arm) -> float | None:
+    """CPU seconds of an arm as a multiple of another's, the mean over common seeds on like devices."""
+    base = {(run.seed, run.device): run.cpu_s for run in other.runs if run.cpu_s}
+    ratios = [run.cpu_s / base[run.seed, run.device] for run in arm.runs if (run.seed, run.device) in base]
+    return statistics.fmean(ratios) if ratios else None
 
 
 def read_records(folder: Path) -> tuple[dict[str, Any], list[Record]]:
@@ -137,8 +144,9 @@ def read_records(folder: Path) -> tuple[dict[str, Any], list[Record]]:
             values = {key: content[key] for key in ("student", "arm", "epochs", "seed", "cpu_s", "results")}
         except (KeyError, ValueError, TypeError) as error:
             raise StudyError(f"{file} is no collected run: {error!r}.") from error
-        batches = content.get("batches")
-        records.append(Record(data=content.get("data", folder.name), batches=batches, **values))
+        values["settings"] = json.dumps([content.get(key) for key in ("settings", "fgd", "scale")], sort_keys=True)
+        values |= {"batches": content.get("batches"), "device": content.get("device", "cpu")}
+        records.append(Record(data=content.get("data", folder.name), **values))
     if not records:
         raise StudyError(f"{folder} holds no collected run.")
     return study, records
@@ -148,18 +156,21 @@ def group_records(records: Sequence[Record], order: Sequence[str] = (), baseline
     """The records by data set and student; arms in the given order, then by name.
 
     Raises:
-        StudyError: an arm has two runs with one seed.
+        StudyError: an arm has two runs with one seed, or runs of different settings.
     """
-    teachers = {record.data: record for record in records if record.arm == TEACHER}
+    teachers = {record.data: record for record in records if record.arm == "teacher"}
     groups = []
-    for data, student in sorted({(r.data, r.student) for r in records if r.arm not in (TEACHER, PRETRAIN)}):
-        mine = [r for r in records if (r.data, r.student) == (data, student) and r.arm not in (TEACHER, PRETRAIN)]
+    for data, student in sorted({(r.data, r.student) for r in records if r.arm not in TAKEN}):
+        mine = [r for r in records if (r.data, r.student) == (data, student) and r.arm not in TAKEN]
         names = sorted({record.arm for record in mine}, key=lambda name: (_place(name, order), name))
         arms = []
         for name in names:
             runs = tuple(sorted((record for record in mine if record.arm == name), key=lambda record: record.seed))
-            if len({run.seed for run in runs}) < len(runs) or len({run.epochs for run in runs}) > 1:
-                raise StudyError(f"{data}, {student}, {name}: runs with equal seeds or different epochs; collect anew.")
+            if len({run.seed for run in runs}) < len(runs) or len({(run.epochs, run.settings) for run in runs}) > 1:
+                raise StudyError(
+                    f"{data}, {student}, {name}: runs with equal seeds, or with different epochs or settings; collect "
+                    "anew."
+                )
             arms.append(Arm(name, runs[0].epochs, runs))
         base = next((arm for arm in arms if arm.name == baseline), None)
         groups.append(Group(data, student, tuple(arms), base, teachers.get(data)))
@@ -180,6 +191,7 @@ def markdown(study: dict[str, Any], groups: Sequence[Group], name: str) -> str:
     for group in groups:
         for split in group.splits():
             lines += [f"## {group.data}, {group.student}: {split}", "", *_main_table(group, split), ""]
+            lines += _compute_note(group, split, study.get("compute", {}))
             lines += _subject_table(group, split, study.get("subject", SUBJECT))
             lines += _class_table(group, split)
             lines += [f"![{group.data}, {group.student}, {split}]({picture(group, split)})", ""]
@@ -225,7 +237,7 @@ def _main_table(group: Group, split: str) -> list[str]:
                 ", ".join(map(str, values)),
                 spread(list(values.values())),
                 "" if gain is None else f"{gain.mean:+.1f}",
-                "" if gain is None else interval_text(gain),
+                "" if gain is None else interval_text(gain) + _pairs(gain, len(values)),
                 "" if closed is None else f"{100 * closed:.0f} %",
                 "" if cost is None else f"{cost:.2f}",
             )
@@ -235,6 +247,22 @@ def _main_table(group: Group, split: str) -> list[str]:
         epochs = str(group.teacher.epochs or "")
         rows.append((f"teacher ({group.teacher.student})", epochs, "", f"{value:.1f}", "", "", "", ""))
     return markdown_table(headings, rows)
+
+
+def _pairs(gain: Interval, runs: int) -> str:
+    """How many seeds a difference rests on, where that is not all that the row shows."""
+    return "" if gain.count == runs else f" ({gain.count} of {runs} seeds)"
+
+
+def _compute_note(group: Group, split: str, compute: Mapping[str, str]) -> list[str]:
+    """What the arms that were to cost as much as another one did cost; nothing where there is none."""
+    arms = {arm.name: arm for arm in group.arms if arm.values(split)}
+    parts = []
+    for name, other in compute.items():
+        ratio = cost_ratio(arms[name], arms[other]) if name in arms and other in arms else None
+        if ratio is not None:
+            parts.append(f"`{name}` {ratio:.2f} of `{other}`")
+    return [f"CPU seconds of arms of equal compute: {', '.join(parts)}.", ""] if parts else []
 
 
 def interval_text(gain: Interval) -> str:
@@ -278,8 +306,12 @@ def _batch_note(group: Group) -> str:
     if group.baseline is None or any(run.batches is None for arm in group.arms for run in arm.runs):
         return ""
     base = {run.seed: run.batches for run in group.baseline.runs}
-    same = [arm for arm in group.arms if arm.epochs == group.baseline.epochs]
-    other = [arm.name for arm in same if any(run.batches != base.get(run.seed, run.batches) for run in arm.runs)]
+    same = [arm for arm in group.arms if arm.epochs == group.baseline.epochs and arm is not group.baseline]
+    pairs = {arm.name: [(run.batches, base[run.seed]) for run in arm.runs if run.seed in base] for arm in same}
+    other = [name for name, found in pairs.items() if any(mine != theirs for mine, theirs in found)]
     if other:
         return f"Not fed the same batches as `{group.baseline.name}`: {', '.join(other)}."
+    unknown = [name for name, found in pairs.items() if not found]
+    if unknown or not pairs:
+        return f"Batches not compared, for want of a common seed: {', '.join(unknown)}." if unknown else ""
     return "All arms of equal epochs were fed the same batches, pixel by pixel (compared by checksum)."

@@ -83,6 +83,7 @@ def train(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         "wall_s": round(wall, 1),
         "cpu_s": round(cpu, 1),
         "batches": checksum.value,
+        "device": "cpu" if job["device"] == "cpu" else "gpu",  # whose seconds these are
         "versions": {"fgd_hooks": __version__, "ultralytics": ultralytics_version, "torch": torch.__version__},
         "results": {"val": metrics},
     }

@@ -18,7 +18,7 @@ job = json.loads(file.read_text())
 calls = file.parent.parent / "calls.txt"
 with calls.open("a") as stream:
     stream.write(job["name"] + "\\n")
-if job["settings"].get("lr0") == 13:
+if job["settings"].get("warmup_epochs") == 13:
     print("unlucky")
     sys.exit(3)
 (file.parent / "weights").mkdir(exist_ok=True)

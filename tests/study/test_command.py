@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import yaml
 
 from fgd_hooks.cli import main
 from fgd_hooks.study import runner
+from fgd_hooks.study.command import _slots
 from fgd_hooks.study.plan import TEST
 from tests.study.studies import fake_command, make_study, planner
 
@@ -69,7 +72,7 @@ def test_labels_are_scanned_once_before_trainings_that_would_do_it_together(stud
 
 
 def test_a_failed_run_gives_exit_code_1(study, capsys):
-    arms = {"alone": {"kind": "alone", "train": {"lr0": 13}}, "same": {"kind": "alone", "compute": "alone"}}
+    arms = {"alone": {"kind": "alone", "train": {"warmup_epochs": 13}}, "same": {"kind": "alone", "compute": "alone"}}
     assert fgd(make_study(study.parent, arms=arms), "--jobs", "1") == 1
     assert "failed: a-alone-s0" in capsys.readouterr().out
 
@@ -130,6 +133,106 @@ def test_a_changed_study_replaces_its_records(study):
     fgd(file, "--jobs", "1")
     fgd(file, "--collect", "kept")
     assert json.loads((study.parent / "kept" / "small" / "a-fgd-s0.json").read_text())["epochs"] == 6
+
+
+def records(folder: Path) -> set[str]:
+    return {path.stem for path in folder.glob("*.json")} - {"study"}
+
+
+def test_collecting_in_parts_keeps_what_belongs_to_the_study(study):
+    entry = {"yaml": "set/data.yaml", "teacher": {"model": "yolo26s.yaml", "epochs": 2}}
+    file = make_study(study.parent, seeds=[0], data={"a": entry, "b": {**entry, "train": {"imgsz": 96}}})
+    fgd(file, "--jobs", "2")
+    folder = study.parent / "kept" / "small"
+    fgd(file, "--collect", "kept", "--data", "a")
+    fgd(file, "--collect", "kept", "--data", "b")
+    assert records(folder) == {f"{data}-{arm}-s0" for data in "ab" for arm in ("alone", "fgd", "teacher")}
+    images = {name: entry["images"] for name, entry in json.loads((folder / "study.json").read_text())["data"].items()}
+    assert images == {name: {"train": 10, "val": 3, "test": 3} for name in "ab"}
+
+
+def test_records_of_an_earlier_study_are_removed(study, capsys):
+    fgd(study, "--jobs", "1")
+    fgd(study, "--collect", "kept")
+    folder = study.parent / "kept" / "small"
+    arms = {"alone": {"kind": "alone"}, "renamed": {"kind": "fgd"}}
+    changed = make_study(study.parent, arms=arms, train={"imgsz": 96})
+    fgd(changed, "--jobs", "1", "--seeds", "0")
+    capsys.readouterr()
+    fgd(changed, "--collect", "kept")
+    # seed 1 of alone has the old size of images, and there is no arm fgd any more
+    assert records(folder) == {"a-alone-s0", "a-renamed-s0", "a-teacher-s0"}
+    assert {path.stem for path in folder.glob("*.csv")} == records(folder)
+    said = capsys.readouterr().out
+    assert all(f"removed {name}:" in said for name in ("a-alone-s1", "a-fgd-s0", "a-fgd-s1"))
+
+
+def test_a_shared_run_is_kept_under_this_study_s_names(study):
+    fgd(study, "--jobs", "1")
+    fgd(make_study(study.parent, student={"model": "yolo26n.yaml", "name": "mine"}), "--collect", "kept")
+    folder = study.parent / "kept" / "small"
+    assert json.loads((folder / "a-alone-s0.json").read_text())["student"] == "mine"
+
+
+def test_flags_together_are_done_in_their_order(study, capsys):
+    fgd(study, "--jobs", "1")
+    assert fgd(study, "--test", "--collect", "kept", "--table") == 0
+    kept = json.loads((study.parent / "kept" / "small" / "a-fgd-s0.json").read_text())
+    assert set(kept["results"]) == {"val", "test"} and kept["test_measured"]
+    assert "## a, yolo26n: test" in (study.parent / "kept" / "small" / "tables.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--jobs", "0"), "--jobs is 0; expected 1 or more"),
+        (("--device", "0,"), "--device is '0,'"),
+        (("--seeds", "77"), "has no seed 77; its seeds are 0, 1"),
+    ],
+)
+def test_impossible_flags(study, capsys, flags, said):
+    assert fgd(study, *flags) == 2
+    assert said in capsys.readouterr().err
+    assert not (study.parent / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "jobs", "slots"),
+    [(("cpu",), None, len(os.sched_getaffinity(0))), (("0",), None, 1), (("0", "1"), None, 2), (("0",), 3, 3)],
+)
+def test_as_many_trainings_as_devices(given, jobs, slots):
+    arguments = argparse.Namespace(device=",".join(given), jobs=jobs)
+    assert _slots(arguments) == (list(given), slots)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train": {"imgz": 320}}, "train.imgz is no setting of Ultralytics. Did you mean 'imgsz'"),
+        ({"arms": {"alone": {"kind": "alone", "train": {"batch": "many"}}}}, "arms.alone.train: .*batch"),
+        ({"student": {"model": "yolo99n.yaml"}}, "student.model: 'yolo99n.yaml' is neither a file nor"),
+    ],
+)
+@pytest.mark.parametrize("flags", [("--dry-run",), ()])
+def test_what_no_training_would_begin_with(study, capsys, changes, said, flags):
+    assert fgd(make_study(study.parent, **changes), *flags) == 2
+    assert re.search(said, capsys.readouterr().err)
+    assert not (study.parent / "runs" / "calls.txt").exists()
+
+
+def test_a_failed_run_does_not_keep_others_from_being_planned(study, capsys):
+    entry = {"yaml": "set/data.yaml", "teacher": {"model": "yolo26s.yaml", "epochs": 2}}
+    arms = {
+        "alone": {"kind": "alone"},
+        "bad": {"kind": "alone", "data": ["b"], "train": {"warmup_epochs": 13}},
+        "fgd": {"kind": "fgd"},
+        "same": {"kind": "alone", "compute": "fgd"},
+    }
+    file = make_study(study.parent, seeds=[0], arms=arms, data={"a": entry, "b": {**entry, "train": {"imgsz": 96}}})
+    assert fgd(file, "--jobs", "2") == 1
+    done = {(run.data, run.arm) for run in planner(file).plan().runs if run.result()}
+    assert {("a", "same"), ("b", "same")} <= done
+    assert "not planned yet" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

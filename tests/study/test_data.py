@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from fgd_hooks.evaldata import read_data
-from fgd_hooks.study.data import Source, prepare, read_source, scan_labels, subset
+from fgd_hooks.study.data import Source, _content, prepare, read_source, scan_labels, subset
 from fgd_hooks.study.spec import DataSpec, StudyError
 from tests.study.studies import make_data
 
@@ -81,12 +82,61 @@ def test_changed_labels_are_other_data(tmp_path):
     assert prepare("a", source, tmp_path / "out").key != first.key
 
 
+def test_images_of_the_same_names_are_other_data(tmp_path):
+    keys = set()
+    for name, colour in (("one", 0), ("two", 255)):
+        make_data(tmp_path / name)
+        Image.new("RGB", (16, 16), (colour, colour, colour)).save(tmp_path / name / "images" / "val" / "val0.png")
+        source = read_source("a", DataSpec(yaml=f"{name}/data.yaml"), None, tmp_path, tmp_path / "out")
+        keys.add(prepare("a", source, tmp_path / "out").key)
+    assert len(keys) == 2
+
+
+def test_a_large_file_counts_at_its_beginning_middle_and_end(tmp_path):
+    file, found = tmp_path / "a.bmp", set()
+    for place in (None, 0, 50_000, 99_999):
+        content = bytearray(100_000)
+        if place is not None:
+            content[place] = 1
+        file.write_bytes(content)
+        found.add(_content(file))
+    assert len(found) == 4
+
+
+def test_links_follow_a_set_that_was_moved(tmp_path):
+    make_data(tmp_path / "set")
+    spec = DataSpec(yaml="set/data.yaml")
+    first = prepare("a", read_source("a", spec, None, tmp_path, tmp_path / "out"), tmp_path / "out")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "set").rename(tmp_path / "new" / "set")
+    moved = prepare("a", read_source("a", spec, tmp_path / "new", tmp_path, tmp_path / "out"), tmp_path / "out")
+    assert moved == first
+    images = list((first.yaml.parent / "images").glob("*/*.png"))
+    assert len(images) == 16 and all(image.is_file() for image in images)
+
+
+def test_a_holdout_that_leaves_nothing_to_train_on(tmp_path):
+    make_data(tmp_path / "set", splits=("train", "val"))
+    with pytest.raises(StudyError, match=r"data\.a\.holdout: 0\.99 of 10 images leaves none"):
+        read_source("a", DataSpec(yaml="set/data.yaml", holdout=0.99), None, tmp_path, tmp_path / "out")
+
+
+def test_images_in_two_splits_are_said(tmp_path, caplog):
+    file = make_data(tmp_path / "set")
+    read_source("a", DataSpec(yaml="set/data.yaml"), None, tmp_path, tmp_path / "out")
+    assert caplog.text == ""
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), "test": "images/val"}))
+    read_source("a", DataSpec(yaml="set/data.yaml"), None, tmp_path, tmp_path / "out")
+    assert "data.a: 3 images are in both val and test" in caplog.text
+
+
 def test_two_images_of_one_name_are_refused(tmp_path):
     for folder in ("x", "y"):
         (tmp_path / "images" / folder).mkdir(parents=True)
-        (tmp_path / "images" / folder / "a.png").write_bytes(b"")
-    twins = tuple(sorted((tmp_path / "images").rglob("*.png")))
-    with pytest.raises(StudyError, match=r"called a\.png"):
+    for file in ("x/a.png", "y/a.jpg"):  # one label file would have to serve both
+        (tmp_path / "images" / file).write_bytes(b"")
+    twins = tuple(sorted((tmp_path / "images").glob("*/a.*")))
+    with pytest.raises(StudyError, match="called a;"):
         prepare("a", Source(("c",), {"train": twins, "val": twins[:1]}), tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 

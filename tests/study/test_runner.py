@@ -7,13 +7,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 
+from fgd_hooks.study.plan import RESULT
 from fgd_hooks.study.runner import LOCK, Runner, in_progress, lock
+from fgd_hooks.study.spec import StudyError
 from tests.study.studies import fake_command, make_study, planner
 
 
@@ -73,7 +77,7 @@ def test_an_interrupted_run_begins_anew(tmp_path):
 
 
 def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path):
-    arms = {"bad": {"kind": "alone", "train": {"lr0": 13}}, "alone": {"kind": "alone"}}
+    arms = {"bad": {"kind": "alone", "train": {"warmup_epochs": 13}}, "alone": {"kind": "alone"}}
     said: list[str] = []
     file = make_study(tmp_path, arms=arms)
     runner = Runner(jobs=1, command=fake_command(tmp_path), say=said.append)
@@ -86,7 +90,7 @@ def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path):
 
 
 def test_what_needs_a_failed_run_is_left_out(tmp_path):
-    data = {"a": {"yaml": "set/data.yaml", "teacher": {"model": "yolo26s.yaml", "train": {"lr0": 13}}}}
+    data = {"a": {"yaml": "set/data.yaml", "teacher": {"model": "yolo26s.yaml", "train": {"warmup_epochs": 13}}}}
     runner, calls, _ = go(make_study(tmp_path, data=data))
     assert short(calls) == ["a-alone-s0", "a-alone-s1", "a-teacher-s0"]
     assert short(list(runner.failed)) == ["a-fgd-s0", "a-fgd-s1", "a-teacher-s0"]
@@ -119,6 +123,53 @@ def test_a_run_of_a_living_process_is_left_to_it(tmp_path):
     (run.folder / LOCK).write_text(json.dumps({"pid": os.getpid(), "since": 1.0}))
     assert not in_progress(run.folder)
     assert lock(run.folder)
+
+
+def test_of_many_that_find_a_dead_lock_one_takes_it(tmp_path):
+    for number in range(20):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / LOCK).write_text(json.dumps({"pid": os.getpid(), "since": 1.0}))
+        barrier = threading.Barrier(8)
+
+        def take(folder: Path = folder, barrier: threading.Barrier = barrier) -> bool:
+            barrier.wait()
+            return lock(folder)
+
+        with ThreadPoolExecutor(8) as pool:
+            taken = [future.result() for future in [pool.submit(take) for _ in range(8)]]
+        assert taken.count(True) == 1
+
+
+def test_a_damaged_result_is_said_and_made_anew(tmp_path, caplog):
+    file = make_study(tmp_path)
+    go(file)
+    run = planner(file).run("a", "alone", 0)
+    (run.folder / RESULT).write_text('{"results": {"val"')
+    assert short(go(file)[1]) == ["a-alone-s0"]
+    assert "result.json is damaged" in caplog.text
+    assert planner(file).run("a", "alone", 0).result() is not None
+
+
+def test_written_out_defaults_are_the_same_run(tmp_path):
+    plain = planner(make_study(tmp_path)).run("a", "fgd", 0)
+    arms = {"alone": {"kind": "alone"}, "fgd": {"fgd": {"inherit": "auto", "balance.ratio": 1.0}}}
+    assert planner(make_study(tmp_path, arms=arms)).run("a", "fgd", 0).key == plain.key
+    arms["fgd"]["fgd"]["balance.ratio"] = 2.0
+    assert planner(make_study(tmp_path, arms=arms)).run("a", "fgd", 0).key != plain.key
+
+
+def test_equal_compute_follows_from_the_least_disturbed_runs(tmp_path):
+    arms = {"alone": {"kind": "alone"}, "same": {"kind": "alone", "compute": "fgd"}, "fgd": {"kind": "fgd"}}
+    file = make_study(tmp_path, arms=arms)
+    go(file)
+    slow = planner(file).run("a", "fgd", 1).folder / RESULT  # other programs took its core
+    slow.write_text(json.dumps({**json.loads(slow.read_text()), "cpu_s": 40.0}))
+    assert planner(file).epochs("a", planner(file).spec.arms["same"]) == 10
+    zero = planner(file).run("a", "alone", 1).folder / RESULT
+    zero.write_text(json.dumps({**json.loads(zero.read_text()), "cpu_s": 0.0}))
+    with pytest.raises(StudyError, match="took no CPU time"):
+        planner(file).plan()
 
 
 def test_epochs_of_equal_compute_follow_from_the_finished_runs(tmp_path):

@@ -55,6 +55,31 @@ def test_the_studies_of_the_repository(file):
         ({"epochs": "many"}, "epochs"),
         ({"name": "a/b"}, "expected a folder's name"),
         ({"student": {"pretrain": {"data": "b"}}}, "no data set 'b'"),
+        ({"student": {"pretrain": {"data": "a", "epochs": 0}}}, "student.pretrain.epochs is 0"),
+        ({"student": {"scale": [0.5]}}, "student.scale is .*expected three numbers"),
+        ({"data": {"a": {**DATA["a"], "teacher": {"model": "m.yaml", "scale": [1, 2]}}}}, "data.a.teacher.scale is"),
+        ({"data": {"a": {**DATA["a"], "student": {"scale": [1, 0, 8]}}}}, "data.a.student.scale is"),
+        ({"data": {"a": {**DATA["a"], "epochs": 0}}}, "data.a.epochs is 0"),
+        ({"data": {"a/b": DATA["a"]}}, "data.a/b: expected letters"),
+        ({"arms": {"w/o": {"kind": "alone"}}}, "arms.w/o: expected letters"),
+        ({"arms": {"pretrain": {"kind": "alone"}}}, "arms.pretrain: the name is taken"),
+        ({"arms": {"alone": {"kind": "alone", "data": []}}}, "arms.alone.data is empty"),
+        ({"baseline": "allone"}, "baseline is 'allone', which is no arm. Did you mean 'alone'"),
+        (
+            {"data": {"a": DATA["a"], "a-b": DATA["a"]}, "arms": {"alone": {"kind": "alone"}, "b-alone": {}}},
+            "both called 'a-b-alone' in two ways",
+        ),
+        (
+            {
+                "data": {"a": DATA["a"], "b": {"yaml": "x"}},
+                "arms": {
+                    "alone": {"kind": "alone"},
+                    "fgd": {"data": ["a"]},
+                    "same": {"kind": "alone", "compute": "fgd"},
+                },
+            },
+            "arms.same.compute: fgd has no run on b",
+        ),
     ],
 )
 def test_mistakes(tmp_path, changes, said):

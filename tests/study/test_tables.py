@@ -124,6 +124,61 @@ def test_doubtful_folders(tmp_path):
         group_records(read_records(tmp_path)[1])
 
 
+def test_runs_of_one_arm_with_other_settings_are_refused(tmp_path):
+    write(tmp_path, "fgd", 0, 0.3, settings={"lr0": 0.1})
+    write(tmp_path, "fgd", 1, 0.3, settings={"lr0": 0.2})
+    with pytest.raises(StudyError, match="different epochs or settings"):
+        group_records(read_records(tmp_path)[1])
+
+
+def test_a_difference_says_on_how_many_seeds_it_rests(tmp_path):
+    for seed, value in ((0, 0.40), (1, 0.42)):
+        write(tmp_path, "alone", seed, value)
+    for seed, value in ((0, 0.43), (1, 0.47), (2, 0.50)):
+        write(tmp_path, "fgd", seed, value)
+    group, _ = only_group(tmp_path)
+    assert "| fgd | 5 | 0, 1, 2 | 46.7 ± 3.5 | +4.0 | -8.7 .. +16.7 (2 of 3 seeds) |" in markdown({}, [group], "x")
+
+
+def test_arms_of_equal_compute_say_what_they_cost(tmp_path):
+    for seed in (0, 1):
+        write(tmp_path, "alone", seed, 0.4, cpu=10)
+        write(tmp_path, "fgd", seed, 0.5, cpu=20)
+        write(tmp_path, "same", seed, 0.4, cpu=16 + seed)
+    group, _ = only_group(tmp_path)
+    text = markdown({"compute": {"same": "fgd", "other": "fgd"}}, [group], "x")
+    assert "CPU seconds of arms of equal compute: `same` 0.82 of `fgd`." in text
+    assert "equal compute" not in markdown({}, [group], "x")
+
+
+def test_seconds_beside_a_gpu_are_not_compared_with_those_without(tmp_path):
+    write(tmp_path, "alone", 0, 0.4, cpu=10, device="cpu")
+    write(tmp_path, "alone", 1, 0.4, cpu=10, device="gpu")
+    write(tmp_path, "fgd", 0, 0.5, cpu=5, device="gpu")
+    write(tmp_path, "fgd", 1, 0.5, cpu=20, device="gpu")
+    group, arms = only_group(tmp_path)
+    assert group.cost(arms["fgd"]) == 2.0
+
+
+def test_batches_of_different_seeds_are_not_called_the_same(tmp_path):
+    write(tmp_path, "alone", 0, 0.4, batches=1)
+    write(tmp_path, "fgd", 1, 0.5, batches=99)
+    group, _ = only_group(tmp_path)
+    text = markdown({}, [group], "x")
+    assert "were fed the same batches" not in text
+    assert "Batches not compared, for want of a common seed: fgd." in text
+    write(tmp_path, "alone", 1, 0.4, batches=99)
+    group, _ = only_group(tmp_path)
+    assert "All arms of equal epochs were fed the same batches" in markdown({}, [group], "x")
+
+
+def test_an_overview_of_nothing_is_an_error(tmp_path):
+    write(tmp_path / "one", "alone", 0, 0.4)
+    with pytest.raises(StudyError, match="has a run of the arm 'fgd'"):
+        write_overview([tmp_path / "one"], tmp_path / "overview.md")
+    assert not (tmp_path / "overview.md").exists()
+
+
 def test_bccd_is_rebuilt_from_the_repository(tmp_path):
     folder = tmp_path / "bccd"
     shutil.copytree(BCCD, folder)
@@ -158,7 +213,8 @@ def test_the_overview_by_hand(tmp_path):
     # the differences are 5, 4, 3 and 4, 6, 5 points: standard deviation 1, so 4.302653 / sqrt(3) on either side
     assert "| d | n | val | +4.0 (+1.5 .. +6.5) | +5.0 (+2.5 .. +7.5) | - | - | - |" in text
     assert "| d | n | test | 1 | 11.0 | 22.0 | - | - | 1.00 |" in text
-    assert text.count("| d | n |") == 6
+    assert "| d | n | alone_same_compute | 5 | 5 | 1.50 |" in text  # fgd took 15 seconds, the arm 10
+    assert text.count("| d | n |") == 7
 
 
 def test_the_tables_of_the_repository_follow_from_its_records():
