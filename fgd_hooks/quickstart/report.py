@@ -186,8 +186,8 @@ def markdown(result: Comparison) -> str:
         f"- {_batches_text(result)}",
         "",
         "One seed does not tell the size of the effect: two students that differ in nothing but the seed lay up to "
-        "2.5 points apart in this project's studies. Use three seeds or more before you believe a difference of that "
-        "size.",
+        "3 points apart in this project's studies, and more with few images. Use three seeds or more before you "
+        "believe a difference of that size.",
         "",
         "## By class",
         "",
