@@ -27,6 +27,7 @@ from torch import Tensor
 from fgd_hooks.config import BalanceConfig
 from fgd_hooks.distributed import is_distributed
 from fgd_hooks.savedstate import check_count, check_tensor
+from fgd_hooks.taps import GradientMeter
 
 EARLY_STEPS = (0, 1, 4, 8)
 """Steps that measure besides every ``interval``-th: before a scale is used, and while adapters learn fastest."""
@@ -67,7 +68,7 @@ class Balance:
         self._used = torch.ones(count)  # what the losses of the last measuring step were multiplied by
         self._steps = 0
         self._pending: list[dict[str, Tensor]] = []
-        self._meters: list[Tensor | None] = []
+        self._meters: list[GradientMeter | None] = []
         self._weight = 1.0
 
     @property
@@ -92,7 +93,9 @@ class Balance:
         step, self._steps = self._steps, self._steps + 1
         return step in EARLY_STEPS or step % self.config.interval == 0
 
-    def observe(self, features: list[Tensor], weight: float, meters: Sequence[Tensor | None] = ()) -> list[Tensor]:
+    def observe(
+        self, features: list[Tensor], weight: float, meters: Sequence[GradientMeter | None] = ()
+    ) -> list[Tensor]:
         """Begin a measurement; returns leaves that stand in for the student's features in the distillation.
 
         The norms are taken when the backward pass of this step comes along; when none comes, nothing is measured.
@@ -100,12 +103,12 @@ class Balance:
         Args:
             features: the student's tapped features, (N, C, H, W) each.
             weight: what the losses are multiplied by in this step besides ``scales``.
-            meters: of a compiled student, scalars whose gradient will be the norm of the task's gradient.
+            meters: of a compiled student, what finds the norm of the task's gradient inside the compiled graphs.
         """
         self._meters = list(meters)
         for meter in self._meters:
             if meter is not None:
-                meter.grad = None
+                meter.norm = None
         self._pending = []
         self._weight = weight
         leaves = []
@@ -141,6 +144,10 @@ class Balance:
         """(L,) what the losses are multiplied by: 0 for a level that no measurement has reached yet."""
         return self.scales * (self._measured > 0) if self.measures else self.scales * self.weights
 
+    def forget(self) -> None:
+        """Drop a measurement whose step came to nothing, with all that it holds of the step."""
+        self._pending = []
+
     def close(self) -> None:
         """Take the norms of the last measuring step; a level that no gradient has reached counts as 0.
 
@@ -151,8 +158,9 @@ class Balance:
             return
         zero = self.scales.new_zeros(())
         for record, meter in zip(pending, self._meters, strict=False):
-            if meter is not None and meter.grad is not None and "task" not in record:
-                record["task"] = meter.grad.to(zero)
+            if meter is not None and meter.norm is not None:
+                # where graphs end between neck and head, the feature's own hook has seen a part of the gradient only
+                record["task"] = meter.norm.to(zero)
         task, distillation = (
             torch.stack([record.get(key, zero) for record in pending]) for key in ("task", "distillation")
         )

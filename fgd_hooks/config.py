@@ -280,6 +280,12 @@ class FGDConfig(Section):
         return self.losses or [self.loss]
 
     @property
+    def has_zero_weights(self) -> bool:
+        """Whether a part of a loss is switched off, so that some parameters of the distiller get no gradient."""
+        options = [value for loss in self.all_losses for value in loss.options.values()]
+        return any(value == 0 for value in options if isinstance(value, (int, float)))
+
+    @property
     def teacher_names(self) -> list[str | None]:
         """What each teacher was loaded from, where that is noted."""
         return [share.name for share in self.teachers] or [self.teacher.name]

@@ -22,6 +22,7 @@ Canvas = Sequence[float] | Sequence[Sequence[float]] | Tensor
 # CPU's cache; a GPU wants fewer launches.
 _CPU_CHUNK = 1 << 18
 _GPU_CHUNK = 1 << 23
+_PINNED_FOR = ("cuda",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +72,7 @@ class PackedBoxes:
         counts = [len(of_image) if of_image.numel() else 0 for of_image in boxes]
         owner = [i for i, count in enumerate(counts) for _ in range(count)]
         flat = [of_image.detach().float() for of_image in boxes if of_image.numel()]
-        packed = torch.cat(flat) if flat else torch.zeros(0, 4)
+        packed = torch.cat(flat) if flat else torch.zeros(0, 4, device=device)
         image = torch.tensor(owner, dtype=torch.long)
         if packed.device.type == "cpu":
             return cls.from_flat(packed, image, len(boxes), canvas).to(device)
@@ -246,7 +247,9 @@ def _describe(found: object) -> str:
 
 def _to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """Copy without making the host wait: from pinned memory if the target is a GPU."""
-    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+    if len(tensor) > 1 and tensor.stride(0) == 0:  # one row for all: memory whose rows overlap cannot be pinned
+        return _to_device(tensor[:1], device).expand(tensor.shape)
+    if torch.device(device).type in _PINNED_FOR and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 

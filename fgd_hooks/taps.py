@@ -95,19 +95,41 @@ class _NormOfGradient(torch.autograd.Function):
         return gradient, torch.linalg.vector_norm(gradient, dtype=torch.float32)
 
 
+class GradientMeter:
+    """The norm of a gradient inside compiled code, taken out in the backward pass.
+
+    Args:
+        device: of the gradient.
+
+    Attributes:
+        scalar: goes into :class:`_NormOfGradient`.
+        norm: () of the last backward pass, in memory of its own (that of a CUDA graph is used again); None before.
+    """
+
+    def __init__(self, device: torch.device | None) -> None:
+        self.scalar = torch.zeros((), device=device, requires_grad=True)
+        self.norm: Tensor | None = None
+        self.scalar.register_post_accumulate_grad_hook(self._take)
+
+    def _take(self, scalar: Tensor) -> None:
+        if scalar.grad is not None:
+            self.norm = scalar.grad.detach().clone()
+        scalar.grad = None
+
+
 class _Meter(LiveHook):
     """Forward hook, only for a compiled model, of the module that a tapped feature comes from.
 
     Inside a compiled graph a feature is no tensor of its own: no hook on it sees the gradient of the layers behind.
     """
 
-    def __init__(self, owner: FeatureTaps, meter: Tensor) -> None:
+    def __init__(self, owner: FeatureTaps, meter: GradientMeter) -> None:
         self.owner = owner
         self.meter = meter
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if torch.compiler.is_compiling() and self.owner.listening:
-            return _NormOfGradient.apply(output, self.meter)  # type: ignore[no-untyped-call]
+            return _NormOfGradient.apply(output, self.meter.scalar)  # type: ignore[no-untyped-call]
         return None
 
 
@@ -122,7 +144,7 @@ class FeatureTaps:
             features must then not be kept.
         stop: leave the forward pass, by :class:`StopForward`, as soon as every tap has fired.
         sources: for each tap the module that returns the map, if one does (see ``pyramid.find_sources``). While
-            compiled code runs, the norm of the gradient there is added to ``meters[k].grad`` in the backward pass.
+            compiled code runs, ``meters[k].norm`` is the norm of the gradient there in the last backward pass.
 
     The hooks are registered at once and stay until :meth:`detach`. Features captured are handed out once, by
     :meth:`pop`, and forgotten.
@@ -162,12 +184,12 @@ class FeatureTaps:
             watch = _ImagesSeen(self, name)
             self._handles.append(modules[name].register_forward_pre_hook(watch, with_kwargs=True, prepend=True))
         device = next((parameter.device for parameter in unwrap(model).parameters()), None)
-        self.meters: list[Tensor | None] = []
+        self.meters: list[GradientMeter | None] = []
         for source in sources:
             if source is None:
                 self.meters.append(None)
                 continue
-            meter = torch.zeros((), device=device, requires_grad=True)
+            meter = GradientMeter(device)
             self.meters.append(meter)
             # before the hooks that capture: what they see has passed the meter
             self._handles.append(modules[source].register_forward_hook(_Meter(self, meter), prepend=True))

@@ -115,6 +115,43 @@ def test_compiling_goes_on_around_the_taps(backend):
     assert backend.graphs == first  # nothing is compiled anew from step to step, measuring or not
 
 
+class BreaksBeforeHead(TinyDetector):
+    """Compiled in two graphs: the tapped features are outputs of the first and inputs of the second."""
+
+    def forward(self, images):
+        features = [self.stem(images)]
+        for stage in self.stages:
+            features.append(stage(features[-1]))
+        found = self.neck(features)
+        torch._dynamo.graph_break()
+        return self.head(found)
+
+
+@new_compiler
+def test_a_graph_that_ends_before_the_head_measures_the_whole_gradient(backend):
+    """The levels of a neck feed each other inside the first graph, where no hook on a feature sees it."""
+    torch.manual_seed(0)
+    student, teacher = trained(BreaksBeforeHead()), models()[1]
+    twin = copy.deepcopy(student)
+    torch.manual_seed(1)
+    expected = steps(twin, twin, Distiller(twin, teacher))
+    torch.manual_seed(1)
+    distiller = Distiller(student, teacher)
+    assert_same(steps(student, torch.compile(student, backend=backend), distiller), expected)
+    assert backend.graphs == 2
+
+
+@new_compiler
+def test_what_a_meter_found_has_memory_of_its_own(backend):
+    """Under CUDA graphs the gradient's memory is that of the next step's tensors."""
+    student, teacher = models()
+    distiller = Distiller(student, teacher)
+    steps(student, torch.compile(student, backend=backend), distiller, 1)
+    for meter in distiller.taps.meters:
+        assert meter.scalar.grad is None
+        assert float(meter.norm) > 0
+
+
 @pytest.mark.slow
 def test_a_student_compiled_by_inductor_distils_like_an_eager_one():
     expected = eager_steps()

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fgd_hooks.masks
 from fgd_hooks.masks import PackedBoxes, box_masks, check_boxes
 from tests.losses.reference import slow_masks
 
@@ -228,3 +229,20 @@ def test_check_normalised_boxes():
 def test_check_wants_a_canvas():
     with pytest.raises(ValueError, match="canvas is missing"):
         check_boxes([GOOD])
+
+
+def test_boxes_go_to_a_gpu_through_pinned_memory(monkeypatch):
+    """Pinning keeps the strides and copies into them, which torch refuses where rows overlap; here on no GPU."""
+
+    def pin(tensor):
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(fgd_hooks.masks, "_PINNED_FOR", ("meta",))
+    with pytest.raises(RuntimeError, match="single memory location"):
+        torch.zeros(1, 2).expand(3, 2).pin_memory()
+    boxes = [torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.zeros(0, 4), torch.zeros(0, 4)]
+    moved = PackedBoxes.from_list(boxes, (8, 8)).to("meta")
+    assert (moved.canvas.shape, moved.boxes.shape, moved.canvas.device.type) == ((3, 2), (1, 4), "meta")
+    none = PackedBoxes.from_list([torch.zeros(0, 4, device="meta")] * 2, (8, 8))
+    assert (none.boxes.device.type, none.canvas.shape) == ("meta", (2, 2))

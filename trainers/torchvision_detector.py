@@ -79,7 +79,9 @@ class Training:
         self.parallel, self.distil = self.model, self.distiller
         if self.world > 1:
             self.parallel = DistributedDataParallel(self.model, device_ids=ids)
-            self.distil = DistributedDataParallel(self.distiller) if self.distiller else None
+            if self.distiller and any(True for _ in self.distiller.parameters()):
+                unused = self.distiller.config.has_zero_weights
+                self.distil = DistributedDataParallel(self.distiller, find_unused_parameters=unused)
 
     def add_teacher(self, teacher: nn.Module) -> TorchvisionDistiller:
         """The distiller; its adapters and context blocks get an optimiser of their own."""
@@ -88,8 +90,9 @@ class Training:
         if not self.settings.resume and (inherited := selection.begin(self.model, teacher, config.inherit)):
             print(inherited)
         distiller, own = TorchvisionDistiller(self.model, teacher, config), config.optimizer
-        adamw = torch.optim.AdamW(distiller.parameters(), lr=own.lr, weight_decay=own.weight_decay)
-        self.optimizers.append((adamw, own.clip))
+        if parameters := list(distiller.parameters()):  # none with equal widths and a loss without weights
+            adamw = torch.optim.AdamW(parameters, lr=own.lr, weight_decay=own.weight_decay)
+            self.optimizers.append((adamw, own.clip))
         if self.first:
             print(distiller.describe())
             save_config(config, self.out / "fgd.yaml")

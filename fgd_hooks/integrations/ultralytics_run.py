@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import logging
 import os
 import weakref
@@ -36,6 +37,7 @@ from fgd_hooks.savedstate import adamw_state, check_count
 from fgd_hooks.sidefile import SideFileError, read_side_file, remove_leftovers, write_side_file
 from fgd_hooks.tapnames import unwrap
 from fgd_hooks.taps import LiveHook, scrub
+from fgd_hooks.versions import version_numbers
 
 logger = logging.getLogger("ultralytics")  # the host's own console and log file
 
@@ -83,8 +85,8 @@ class TrainingRun:
         if config.teacher.dtype == "auto" and not trainer.amp:
             config = copy.deepcopy(config)
             config.teacher.dtype = fast_dtype(trainer.device)
-        with torch.random.fork_rng():
-            torch.manual_seed(trainer.args.seed)  # adapters start alike in every run of one seed, on every rank
+        with torch.random.fork_rng(devices=[]):  # modules are made on the CPU; no GPU's generator is touched
+            torch.default_generator.manual_seed(trainer.args.seed)  # adapters start alike in every run, on every rank
             teachers = [teacher.to(trainer.device) for teacher in teachers]
             self.distiller = Distiller(self.model, teachers, with_score_taps(config, teachers))
         self.distiller.taps.enabled = self.compiled
@@ -109,9 +111,11 @@ class TrainingRun:
             if self.parameters and is_distributed():
                 # our parameters are outside the trainer's DDP; without one of their own the ranks would drift apart.
                 # A part with the weight 0 leaves its context block without gradient
-                unused = config_has_zero_weights(self.config)
+                unused = self.config.has_zero_weights
+                new = version_numbers(torch.__version__) >= (2, 13)  # the older name warns there, on each rank
+                buffers: Any = {"forward_sync_buffers" if new else "broadcast_buffers": False}
                 self.parallel = nn.parallel.DistributedDataParallel(
-                    self.distiller, broadcast_buffers=False, find_unused_parameters=unused
+                    self.distiller, find_unused_parameters=unused, **buffers
                 )
             if trainer.resume:
                 self.resume()
@@ -161,20 +165,22 @@ class TrainingRun:
 
     def add_loss_of(self, batch: Any, output: Any) -> Any:
         """What the model gives for a training batch, its loss vector and named items, with the distillation's."""
-        loss, items = output
+        task, items = output
         images = batch["img"]
         count = images_counted(self.model, images)
-        self.task_loss = loss.detach().sum() / count  # per image, as the parts
+        self.task_loss = task.detach().sum() / count  # per image, as the parts
         boxes = self.boxes_of(batch)
         distilled: Distilled = self.parallel(images, boxes, task_loss=self.task_loss)
         self.taught = self.taught or (distilled.weight != 0 and not distilled.resting)
+        # what is kept must not hold the graph: after out of memory the next forward pass needs its place
+        distilled, loss = dataclasses.replace(distilled, loss=distilled.loss.detach()), distilled.loss
         self.first_look.see(distilled, boxes)
         if self.distilled is None or not distilled.resting:
             self.distilled = distilled  # a step that rests goes on showing the last one's parts
         # a YOLO loss is the sum over the images of a batch, its items are per image
-        extra = (distilled.loss * count).view(1).to(loss.dtype)
+        extra = (loss * count).view(1).to(task.dtype)
         named = {f"fgd_{_SHORT.get(part, part)}": value for part, value in self.distilled.parts.items()}
-        return torch.cat([loss.view(-1), extra]), {**items, **named}
+        return torch.cat([task.view(-1), extra]), {**items, **named}
 
     def boxes_of(self, batch: Mapping[str, Tensor]) -> PackedBoxes:
         """The pixel boxes of a batch, from its labels or its masks as the configuration says."""
@@ -217,7 +223,8 @@ class TrainingRun:
         trainer = self.trainer
         self.distiller.set_epoch(trainer.epoch, trainer.epochs)
         self.distiller.taps.clear()
-        self.batch = None
+        self.distiller.balance.forget()
+        self.batch = self.task_loss = self.first_look.seen = None
         self.drop_stale_gradients()
         ema = trainer.ema.ema if trainer.ema else None
         if ema is not None and ema is not self.ema_model:
@@ -360,9 +367,3 @@ class TrainingRun:
 def is_first_rank() -> bool:
     """Whether this process is the one that writes files."""
     return int(os.environ.get("RANK", -1)) <= 0
-
-
-def config_has_zero_weights(config: FGDConfig) -> bool:
-    """Whether a part of the loss is switched off, so that some parameters get no gradient."""
-    options = [value for loss in config.all_losses for value in loss.options.values()]
-    return any(value == 0 for value in options if isinstance(value, (int, float)))

@@ -4,7 +4,8 @@ On a GPU the passes of :mod:`fgd_hooks.losses.fused_steps` are bound by memory: 
 writes the whole feature, which compiled code does in a few sweeps. How much that gives depends on the card, on torch
 and on the level's size. So nothing is assumed: when a level has been seen ``TRIED_AT`` times in one size, both ways are
 timed on its own tensors, and the faster one is used from then on. A compiler that is missing or fails leaves all as it
-was.
+was. Where deterministic algorithms are asked for (Ultralytics does by default) nothing is tried: the two ways differ in
+the last bits of the gradient, and a clock must not decide what a seed gives.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Choice:
     """Which passes one level's loss uses; plain numbers, so that it can be copied and pickled.
 
     Args:
-        wanted: True: compiled, False: as they are, None: what a trial says, on a GPU; elsewhere as they are.
+        wanted: True: compiled, False: as they are, None: what a trial says, on a GPU and where nobody asked for
+            deterministic algorithms; elsewhere as they are.
     """
 
     def __init__(self, wanted: bool | None) -> None:
@@ -65,7 +67,7 @@ class Choice:
             trial: runs forward and backward once with the given passes, on tensors of its own.
         """
         wanted = self.wanted
-        if wanted is None and feature.device.type == "cuda":
+        if wanted is None and feature.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
             wanted = self._tried(feature, trial)
         return compiled_passes(BACKEND) if wanted else AS_THEY_ARE
 
@@ -82,6 +84,7 @@ class Choice:
 
 def faster(trial: Callable[[Passes], object], device: torch.device) -> bool:
     """Whether compiled passes take less time; False if they cannot be compiled or run."""
+    logger.info("FGD: trying whether the loss's heavy passes are faster compiled; this takes a moment, once per level.")
     try:
         compiled = compiled_passes(BACKEND)
         trial(compiled)  # compiles

@@ -1,6 +1,8 @@
 """What Ultralytics does when a run goes wrong, with the callback on: NaN recovery, out of memory, a scaler's skip."""
 
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ pytest.importorskip("ultralytics")
 from fgd_hooks import FGDCallback
 from fgd_hooks.integrations.ultralytics_run import SIDE_FILE
 from fgd_hooks.sidefile import read_side_file
+from fgd_hooks.tapnames import unwrap
 from tests.integrations.test_ultralytics import assert_nothing_left, hooks, rows, weights
 
 ALWAYS = {"schedule": {"stop_epoch": None}}
@@ -106,10 +109,12 @@ def test_nan_teacher_features_on_one_batch(train, teacher_file, said):
     assert all(tensor.isfinite().all() for tensor in weights(yolo).values() if tensor.is_floating_point())
 
 
-def test_out_of_memory_halves_the_batch_and_goes_on(train, teacher_file, said):
+@pytest.mark.parametrize("mode", ["gradient", "fixed"])  # a step that measures, and one that distils
+def test_out_of_memory_halves_the_batch_and_goes_on(train, teacher_file, said, mode):
     """Between two accumulated backward passes, with our gradients pending and our features captured."""
-    callback = FGDCallback(teacher_file, **ALWAYS)
+    callback = FGDCallback(teacher_file, balance={"mode": mode}, **ALWAYS)
     seen = {"pending": [], "at_start": []}
+    features = []
 
     def run_out(trainer):
         scale = trainer.scaler.scale
@@ -121,7 +126,15 @@ def test_out_of_memory_halves_the_batch_and_goes_on(train, teacher_file, said):
 
         trainer.scaler.scale = fail
 
+        def note(module, args, output):
+            features.append(weakref.ref(output))
+            handle.remove()
+
+        handle = unwrap(trainer.model).model[16].register_forward_hook(note)
+
     def begin(trainer):
+        gc.collect()
+        assert all(feature() is None for feature in features), "the failed step's graph is still held"
         distiller = callback.distiller(trainer)
         seen["at_start"].append(
             all(p.grad is None or not p.grad.any() for p in distiller.parameters()) and not distiller.taps._features
@@ -139,6 +152,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(train, teacher_file, said):
         ],
     )
     assert "out of memory with batch=8. Reducing to batch=4" in said.text
+    assert len(features) == 1
     assert seen == {"pending": [True], "at_start": [True, True]}
     assert len(steps) == 2 + 5, "20 images in batches of 4, after two of 8"
     assert float(rows(yolo)[0]["train/fgd_fg"]) > 0

@@ -9,7 +9,6 @@ import yaml
 
 from fgd_hooks import ConfigError, FGDCallback, load_config
 from fgd_hooks.cli import main
-from fgd_hooks.integrations.ultralytics_run import config_has_zero_weights
 from fgd_hooks.integrations.ultralytics_teacher import fused, load_teacher, score_taps
 from fgd_hooks.monitor import hyper_parameters
 from fgd_hooks.tapnames import expand_taps
@@ -97,6 +96,6 @@ def test_what_runs_are_compared_by_names_all_teachers_and_losses(teacher_file):
 
 def test_a_part_that_is_switched_off_in_one_of_several_losses_is_known():
     """Its context block then gets no gradient, which DistributedDataParallel has to be told."""
-    assert not config_has_zero_weights(load_config({"losses": ["cwd", "fgd"]}))
+    assert not load_config({"losses": ["cwd", "fgd"]}).has_zero_weights
     off = {"name": "fgd", "options": {"lambda_": 0}}
-    assert config_has_zero_weights(load_config({"losses": ["cwd", off]}))
+    assert load_config({"losses": ["cwd", off]}).has_zero_weights

@@ -16,7 +16,7 @@ from fgd_hooks.sidefile import read_side_file
 from tests.integrations.tiny_detectors import build as tiny
 from tests.trainers.conftest import ROOT, data_settings
 
-WIDTHS = {"student": (8, 8, 12, 16), "teacher": (12, 12, 16, 24)}
+WIDTHS = {"student": (8, 8, 12, 16), "wide": (12, 8, 12, 16), "teacher": (12, 12, 16, 24)}
 
 
 def build(settings, classes, image):
@@ -142,6 +142,15 @@ def test_inheriting_copies_the_neck_before_the_training(train):
     name = "backbone.fpn.layer_blocks.0.0.weight"
     teacher = tiny("retinanet", WIDTHS["teacher"], seed=1).state_dict()
     torch.testing.assert_close(weights(folder)[name], teacher[name], atol=1e-6, rtol=0)
+
+
+def test_a_distillation_without_weights_of_its_own(train):
+    """Equal widths need no adapter, and CWD has nothing to learn: there is no second optimiser."""
+    taught = train("taught", "model.name=wide", "fgd.loss.name=cwd")
+    again = train("again", "model.name=wide", "fgd.loss.name=cwd", "epochs=1")
+    assert not same(taught, train("alone", "model.name=wide", "train=alone"))
+    train("again", "model.name=wide", "fgd.loss.name=cwd", "resume=true")
+    assert same(taught, again)
 
 
 def test_models_of_torchvision_are_built_for_the_classes_of_the_data():
