@@ -25,7 +25,7 @@ def collect(spec: StudySpec, plan: Plan, folder: Path, whole: Plan) -> tuple[int
         spec: the study.
         plan: the runs to collect.
         folder: where to.
-        whole: all runs of the study.
+        whole: all runs of the study on the data sets that are collected.
 
     Returns:
         The number of finished runs, and the names of the records that were removed.
@@ -42,7 +42,9 @@ def collect(spec: StudySpec, plan: Plan, folder: Path, whole: Plan) -> tuple[int
         if log.is_file():
             shutil.copyfile(log, folder / f"{_name(run)}.csv")
         write_json(folder / f"{_name(run)}.json", record(run))
-    counts = {run.data: run.prepared.counts for run in whole.runs if run.arm not in TAKEN}
+    earlier = read_json(folder / STUDY).get("data", {}) if (folder / STUDY).is_file() else {}
+    counts = {name: entry.get("images") for name, entry in earlier.items()}
+    counts |= {run.data: run.prepared.counts for run in whole.runs if run.arm not in TAKEN}
     study: dict[str, Any] = {key: getattr(spec, key) for key in ("name", "about", "baseline", "epochs", "seeds")}
     study["arms"] = list(spec.arms)
     study["compute"] = {name: arm.compute for name, arm in spec.arms.items() if arm.compute is not None}
@@ -58,6 +60,7 @@ def collect(spec: StudySpec, plan: Plan, folder: Path, whole: Plan) -> tuple[int
 def _remove_others(spec: StudySpec, folder: Path, whole: Plan) -> list[str]:
     """Remove what another version of the study has left; returns the names."""
     planned = {_name(run): run for run in whole.runs}
+    others = set(spec.data) - {run.data for run in whole.runs}  # not looked at this time
     computed = [name for name, arm in spec.arms.items() if arm.compute is not None]  # planned when others are finished
     later = {f"{data}-{arm}-s{seed}" for data in spec.data for arm in computed for seed in spec.seeds}
     removed = []
@@ -65,7 +68,10 @@ def _remove_others(spec: StudySpec, folder: Path, whole: Plan) -> list[str]:
         run = planned.get(file.stem)
         if file.name == STUDY or (run is None and file.stem in later):
             continue
-        if run is None or any(read_json(file).get(key) != value for key, value in _settings(run).items()):
+        found = read_json(file)
+        if found.get("data") in others:
+            continue
+        if run is None or any(found.get(key) != value for key, value in _settings(run).items()):
             file.unlink()
             file.with_suffix(".csv").unlink(missing_ok=True)
             removed.append(file.stem)

@@ -102,6 +102,8 @@ def study_command(arguments: argparse.Namespace) -> int:
     devices, jobs = _slots(arguments)
     planner = Planner(spec, file.resolve(), arguments.out.resolve(), arguments.data_root)
     wanted = (arguments.only, arguments.data, arguments.seeds)
+    if arguments.dry_run and (arguments.test or arguments.collect or arguments.table):
+        raise StudyError("--dry-run goes alone: it only lists what there is to train.")
     if arguments.dry_run:
         check_training(spec, planner)
         _list(planner.plan(*wanted))
@@ -116,7 +118,7 @@ def study_command(arguments: argparse.Namespace) -> int:
         from fgd_hooks.study.collect import collect
 
         folder = arguments.collect / spec.name
-        count, removed = collect(spec, planner.plan(*wanted), folder, planner.plan())
+        count, removed = collect(spec, planner.plan(*wanted), folder, planner.plan(data=arguments.data))
         print(f"{count} runs in {folder}")
         for name in removed:
             print(f"removed {name}: the study has it no more, or with other settings")

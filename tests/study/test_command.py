@@ -18,7 +18,7 @@ from fgd_hooks.cli import main
 from fgd_hooks.study import runner
 from fgd_hooks.study.command import _slots
 from fgd_hooks.study.plan import TEST
-from tests.study.studies import fake_command, make_study, planner
+from tests.study.studies import fake_command, make_data, make_study, planner
 
 
 @pytest.fixture
@@ -148,7 +148,23 @@ def test_collecting_in_parts_keeps_what_belongs_to_the_study(study):
     fgd(file, "--collect", "kept", "--data", "b")
     assert records(folder) == {f"{data}-{arm}-s0" for data in "ab" for arm in ("alone", "fgd", "teacher")}
     images = {name: entry["images"] for name, entry in json.loads((folder / "study.json").read_text())["data"].items()}
+    (study.parent / "set").rename(study.parent / "elsewhere")
+    assert fgd(file, "--collect", "kept", "--data", "a") == 2  # it is not there any more
+    assert records(folder) == {f"{data}-{arm}-s0" for data in "ab" for arm in ("alone", "fgd", "teacher")}
     assert images == {name: {"train": 10, "val": 3, "test": 3} for name in "ab"}
+
+
+def test_a_set_that_is_not_at_hand_keeps_its_records(study):
+    make_data(study.parent / "other")
+    entry = {"yaml": "set/data.yaml", "teacher": {"model": "yolo26s.yaml", "epochs": 2}}
+    file = make_study(study.parent, seeds=[0], data={"a": entry, "b": {**entry, "yaml": "other/data.yaml"}})
+    fgd(file, "--jobs", "2")
+    fgd(file, "--collect", "kept")
+    folder = study.parent / "kept" / "small"
+    before = (records(folder), json.loads((folder / "study.json").read_text()))
+    (study.parent / "other").rename(study.parent / "gone")
+    assert fgd(file, "--collect", "kept", "--data", "a") == 0
+    assert (records(folder), json.loads((folder / "study.json").read_text())) == before
 
 
 def test_records_of_an_earlier_study_are_removed(study, capsys):
@@ -188,6 +204,7 @@ def test_flags_together_are_done_in_their_order(study, capsys):
         (("--jobs", "0"), "--jobs is 0; expected 1 or more"),
         (("--device", "0,"), "--device is '0,'"),
         (("--seeds", "77"), "has no seed 77; its seeds are 0, 1"),
+        (("--dry-run", "--collect", "kept"), "--dry-run goes alone"),
     ],
 )
 def test_impossible_flags(study, capsys, flags, said):
