@@ -33,7 +33,8 @@ def draw_group(group: Group, split: str, file: Path) -> None:
     teacher = group.teacher.value(split) if group.teacher else None
     if teacher is not None:
         left.axvline(teacher, color=COLOURS[1], linestyle="--", linewidth=1.3)
-        left.text(teacher, len(arms) - 0.45, "teacher ", color=COLOURS[1], ha="right", va="bottom", fontsize=8)
+        side = "left" if teacher < statistics.fmean(left.get_xlim()) else "right"  # inside the axes
+        left.text(teacher, len(arms) - 0.45, " teacher ", color=COLOURS[1], ha=side, va="bottom", fontsize=8)
     right.axvline(0, color=_BASE, linewidth=1)
     left.set_yticks(list(places), [f"{arm.name} ({arm.epochs})" for arm in arms])
     left.set_ylim(-0.6, len(arms) - 0.1)
