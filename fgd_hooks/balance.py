@@ -237,7 +237,7 @@ class Balance:
             setattr(self, name, saved[name].to(self.scales.device).clone())  # type: ignore[union-attr]
         self.scales = self.scales.clamp(self.config.min_scale, self.config.max_scale)
         self._steps = steps
-        self._pending = []
+        self.forget()
 
 
 def _norm_recorder(record: dict[str, Tensor], key: str) -> Any:

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Arm", "Comparison", "RunError", "compare"]
 
-_LOG_HEADINGS = ("arm", "runs", "mAP50-95", "mAP50", "best mAP50-95", "best epoch", "epochs", "minutes")
-_COCO = {"mAP50-95": "map50_95", "mAP50": "map50", "small": "map_small", "medium": "map_medium", "large": "map_large"}
 logger = logging.getLogger("fgd_hooks")
 
+_LOG_HEADINGS = ("arm", "runs", "mAP50-95", "mAP50", "best mAP50-95", "best epoch", "epochs", "minutes")
+_COCO = {"mAP50-95": "map50_95", "mAP50": "map50", "small": "map_small", "medium": "map_medium", "large": "map_large"}
 LOG_TITLE = "Last epoch, from the logs (Ultralytics' validator), per cent"
 
 
@@ -161,7 +161,7 @@ def _evaluation(
     if (
         kept is not None
         and (kept.get("data"), Path(str(kept.get("model"))).name) == (str(data), model.name)
-        and file.stat().st_mtime >= model.stat().st_mtime
+        and _is_newer(file, model)
     ):
         return kept
     from fgd_hooks.evaluate import evaluate
@@ -171,6 +171,11 @@ def _evaluation(
     return result
 
 
+def _is_newer(file: Path, model: Path) -> bool:
+    """Whether figures were written after the weights, or together with them."""
+    return file.stat().st_mtime >= model.stat().st_mtime
+
+
 def _kept(run: Run, name: str) -> dict[str, Any] | None:
     """Figures that lie in the run; None where there are none, or where the weights they name were written later."""
     file = run.folder / name
@@ -178,7 +183,7 @@ def _kept(run: Run, name: str) -> dict[str, Any] | None:
     if found is None:
         return None
     model = run.folder / "weights" / Path(str(found.get("model"))).name
-    if model.is_file() and model.stat().st_mtime > file.stat().st_mtime:
+    if model.is_file() and not _is_newer(file, model):
         logger.warning("%s is older than %s and is left out; measure it again with --data.", file, model.name)
         return None
     return found

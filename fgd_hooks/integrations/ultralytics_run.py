@@ -173,7 +173,8 @@ class TrainingRun:
         distilled: Distilled = self.parallel(images, boxes, task_loss=self.task_loss)
         self.taught = self.taught or (distilled.weight != 0 and not distilled.resting)
         # what is kept must not hold the graph: after out of memory the next forward pass needs its place
-        distilled, loss = dataclasses.replace(distilled, loss=distilled.loss.detach()), distilled.loss
+        loss = distilled.loss
+        distilled = dataclasses.replace(distilled, loss=loss.detach())
         self.first_look.see(distilled, boxes)
         if self.distilled is None or not distilled.resting:
             self.distilled = distilled  # a step that rests goes on showing the last one's parts

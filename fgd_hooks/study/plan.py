@@ -6,6 +6,7 @@ is the same run, in whatever study and under whatever name of an arm, and change
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -102,8 +103,13 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        logger.warning("%s is damaged (%s); the run counts as unfinished and will be done again.", file, error)
+        _say_damaged(file, str(error))
         return None
+
+
+@functools.cache  # waiting runs are asked every half second
+def _say_damaged(file: Path, error: str) -> None:
+    logger.warning("%s is damaged (%s); the run counts as unfinished and will be done again.", file, error)
 
 
 @dataclass(frozen=True)
@@ -241,8 +247,9 @@ class Planner:
 
     def prepared(self, name: str, whole: bool = False) -> Prepared:
         """The images of a data set; ``whole``: without the fraction."""
+        spec = self.spec.data[name]
+        whole = whole or spec.fraction == 1  # the same images: they are looked at once
         if (name, whole) not in self._data:
-            spec = self.spec.data[name]
             source = read_source(name, spec, self.root, self.file.parent, self.out / "data")
             fraction = 1.0 if whole else spec.fraction
             # links are named by what they hold, so sets that differ in the fraction alone share the whole one
