@@ -17,6 +17,7 @@ from fgd_hooks.losses import (
     register_loss,
 )
 from fgd_hooks.pyramid import Level, LevelPair, PairingError, find_levels, pair_levels
+from fgd_hooks.reconstruction import Reconstruction, fit_channels
 from fgd_hooks.selection import inherit_channels
 from fgd_hooks.tapnames import Tap, TapError
 from fgd_hooks.taps import FeatureTaps
@@ -44,6 +45,7 @@ __all__ = [
     "LossResult",
     "PairingError",
     "PerTeacher",
+    "Reconstruction",
     "Report",
     "Tap",
     "TapError",
@@ -51,6 +53,7 @@ __all__ = [
     "create_adapter",
     "create_loss",
     "find_levels",
+    "fit_channels",
     "inherit",
     "inherit_channels",
     "list_adapters",

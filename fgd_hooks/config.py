@@ -29,7 +29,7 @@ __all__ = [
     "save_config",
 ]
 
-INHERITED = ("auto", "channels", "neck", "head", "neck+head", "")
+INHERITED = ("auto", "channels", "fitted", "neck", "head", "neck+head", "")
 
 
 @dataclass
@@ -218,8 +218,9 @@ class FGDConfig(Section):
         inherit: what an integration copies of the teacher's weights into the student before a training begins.
             "channels": evenly spaced channels of every layer, for a student of the teacher's architecture that is
             narrower (see fgd_hooks/selection.py); "auto": the same, if the student begins from random weights and nine
-            tenths of them are replaced so; "neck", "head" or "neck+head": these, where their shapes are equal (see
-            fgd_hooks/transfer.py); null or empty: nothing.
+            tenths of them are replaced so; "fitted": as "channels", and then each convolution is fitted to what the
+            teacher's computes on some training images (see fgd_hooks/reconstruction.py); "neck", "head" or
+            "neck+head": these, where their shapes are equal (see fgd_hooks/transfer.py); null or empty: nothing.
         boxes_from: where the Ultralytics callback takes the boxes of the foreground from: "labels", or, in a segment
             training, "masks": the box around what is seen of each instance.
         losses: several losses at once instead of ``loss``: names or sections like it, as in

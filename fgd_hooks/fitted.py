@@ -63,7 +63,7 @@ class FittedConv(nn.Conv2d):
             student: (N, C_student, H, W) features.
             teacher: (N, C_teacher, H, W) features of the same size.
         """
-        start, s, t = _wide(self.weight.flatten(1)), _cells(student), _cells(teacher)
+        start, s, t = wide(self.weight.flatten(1)), _cells(student), _cells(teacher)
         rest = t - s @ start.t()
         count = s.new_tensor([s.shape[0]])
         both = torch.cat([s, rest], dim=1)
@@ -76,15 +76,31 @@ class FittedConv(nn.Conv2d):
         mean = sums / count
         width = s.shape[1]
         covariance = products / count - torch.outer(mean[:width], mean)
-        gram, cross = covariance[:, :width], covariance[:, width:]
-        ridge = gram.diagonal().mean() * torch.clamp(width / count, min=RIDGE)
-        change, failed = torch.linalg.solve_ex(gram + ridge * torch.eye(width).to(gram), cross)
-        bias = mean[width:] - mean[:width] @ change
-        if not failed and torch.isfinite(change).all() and torch.isfinite(bias).all():
-            self.weight.copy_((start + change.t())[:, :, None, None])
-            typing.cast(nn.Parameter, self.bias).copy_(bias)
+        change = ridge_change(covariance[:, :width], covariance[:, width:], count.squeeze())
+        self.weight.copy_((start + change.t())[:, :, None, None])
+        typing.cast(nn.Parameter, self.bias).copy_(mean[width:] - mean[:width] @ change)
         self.fitted.fill_(True)
         self._known_fitted = True
+
+
+def ridge_change(gram: Tensor, cross: Tensor, count: Tensor) -> Tensor:
+    """The change of a linear map that minimises mean |rest - change x|² + r |change|².
+
+    r is the mean variance of x times ``max(RIDGE, inputs / count)``.
+
+    Args:
+        gram: (..., inputs, inputs) covariance of the inputs x.
+        cross: (..., inputs, outputs) covariance of the inputs with the rest that is to be explained.
+        count: () number of cells.
+
+    Returns:
+        (..., inputs, outputs); zero where none can be found, for features that do not vary.
+    """
+    width = gram.shape[-1]
+    ridge = gram.diagonal(dim1=-2, dim2=-1).mean(-1) * torch.clamp(width / count, min=RIDGE)
+    change, failed = torch.linalg.solve_ex(gram + ridge[..., None, None] * torch.eye(width).to(gram), cross)
+    found = (failed == 0) & torch.isfinite(change).flatten(-2).all(-1)
+    return torch.where(found[..., None, None], change, 0)
 
 
 def align(conv: nn.Conv2d) -> None:
@@ -99,9 +115,9 @@ def _cells(feature: Tensor) -> Tensor:
     """(cells, C) of a feature map (N, C, H, W), at most :data:`MAX_CELLS`, in float64."""
     cells = feature.detach().movedim(1, -1).flatten(0, -2)
     cells = cells[:: max(1, -(-cells.shape[0] // MAX_CELLS))]
-    return _wide(cells)
+    return wide(cells)
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
     """In float64, on the CPU where the device has none (MPS)."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

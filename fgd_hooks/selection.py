@@ -20,10 +20,7 @@ from torch import Tensor, nn
 from fgd_hooks.parts import own_tensors
 from fgd_hooks.tapnames import unwrap
 from fgd_hooks.teacher import check_apart, check_finite
-from fgd_hooks.transfer import Inheritance, Parts, Unit, inherit, join, units, write_tensors
-
-LEAST = 0.9
-"""Share of the student's parameters that "auto" must be able to replace."""
+from fgd_hooks.transfer import Inheritance, Unit, join, units, write_tensors
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 Weighted = (nn.Linear, nn.modules.conv._ConvNd)
@@ -46,33 +43,6 @@ def is_untrained(model: nn.Module) -> bool:
     statistics = [(m.running_mean, m.running_var) for m in model.modules() if isinstance(m, BatchNorm)]
     kept = [(mean, variance) for mean, variance in statistics if mean is not None and variance is not None]
     return bool(kept) and all(not mean.any() and bool(torch.all(variance == 1)) for mean, variance in kept)
-
-
-def begin(
-    student: nn.Module,
-    teacher: nn.Module,
-    what: str | None,
-    parts: Parts | None = None,
-    teacher_parts: Parts | None = None,
-) -> Inheritance | None:
-    """Do what the setting ``inherit`` says, before a training begins; None where that is nothing.
-
-    Args:
-        student: the model that is changed.
-        teacher: the model that gives, not fused.
-        what: None or "" (nothing); "channels"; "auto": the same if the student has not been trained yet and nine tenths
-            of its parameters or more are replaced; "neck", "head" or "neck+head".
-        parts: the student's modules of each of these parts; None: found by a probe.
-        teacher_parts: the teacher's.
-
-    Raises:
-        TeacherError, TapError, ValueError: see :func:`inherit_channels` and :func:`fgd_hooks.inherit`.
-    """
-    if not what or (what == "auto" and not is_untrained(unwrap(student))):
-        return None
-    if what in ("auto", "channels"):
-        return inherit_channels(student, teacher, least=LEAST if what == "auto" else 0.0)
-    return inherit(student, teacher, parts or what, teacher_parts=teacher_parts)
 
 
 def inherit_channels(student: nn.Module, teacher: nn.Module, *, least: float = 0.0) -> Inheritance:
@@ -140,7 +110,7 @@ def _thinned(unit: Unit, teacher: Mapping[str, nn.Module]) -> tuple[dict[str, Te
 def _misfit(mine: nn.Module, theirs: nn.Module, normalised: bool) -> str:
     """Why a layer cannot take channels of another, or an empty text."""
     weighted, group = isinstance(mine, Weighted), (getattr(mine, "groups", 1), getattr(theirs, "groups", 1))
-    if weighted and group != (1, 1) and not (_depthwise(mine) and _depthwise(theirs)):
+    if weighted and group != (1, 1) and not (is_depthwise(mine) and is_depthwise(theirs)):
         return f"it has {group[0]} groups, the teacher's {group[1]}"
     for key, tensor in own_tensors(mine).items():
         shape, other = tuple(tensor.shape), tuple(own_tensors(theirs)[key].shape)
@@ -162,5 +132,6 @@ def _input_dim(layer: nn.Module) -> int:
     return 0 if getattr(layer, "transposed", False) else 1
 
 
-def _depthwise(layer: nn.Module) -> bool:
+def is_depthwise(layer: nn.Module) -> bool:
+    """Whether a convolution gives each channel a kernel of its own."""
     return getattr(layer, "groups", 1) == getattr(layer, "in_channels", 0) == getattr(layer, "out_channels", 0)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from fgd_hooks.parts import PARTS, find_parts, own_tensors
 from fgd_hooks.registry import suggestion
 from fgd_hooks.tapnames import unwrap
 from fgd_hooks.teacher import check_apart, check_finite
+
+if TYPE_CHECKING:
+    from fgd_hooks.reconstruction import Reconstruction
 
 MATCHES = ("auto", "name", "order")
 Parts = Mapping[str, Sequence[str]]
@@ -36,6 +39,7 @@ class Inheritance:
         modules: for each part the modules that were compared, (student's name, teacher's name).
         parameters: how many numbers were copied, buffers not counted.
         of: how many there are in these parts of the student.
+        fitted: how well the student's layers repeat the teacher's, where they were fitted to it.
     """
 
     copied: dict[str, str]
@@ -43,6 +47,7 @@ class Inheritance:
     modules: dict[str, list[tuple[str, str]]]
     parameters: int
     of: int
+    fitted: Reconstruction | None = None
 
     @property
     def summary(self) -> str:
@@ -54,7 +59,8 @@ class Inheritance:
                 f"{self.parameters:,} of {self.of:,} parameters of the {parts} were inherited "
                 f"({len(self.copied)} tensors, {len(self.kept)} kept)"
             )
-        return text + "".join(f"; {name} kept: {reason}" for name, reason in list(self.kept.items())[:1])
+        text += "".join(f"; {name} kept: {reason}" for name, reason in list(self.kept.items())[:1])
+        return f"{text}; {self.fitted.summary}" if self.fitted else text
 
     def __str__(self) -> str:
         lines = [f"{self.parameters:,} of {self.of:,} parameters inherited, {len(self.copied)} tensors"]
@@ -68,6 +74,7 @@ class Inheritance:
         for reason, names in reasons.items():
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             lines.append(f"  {names[0]}{more}: {reason}")
+        lines += [str(self.fitted)] if self.fitted else []
         return "\n".join(lines)
 
 

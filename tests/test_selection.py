@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from fgd_hooks import TeacherError
-from fgd_hooks.selection import begin, evenly_spaced, inherit_channels, is_untrained
+from fgd_hooks.beginning import begin
+from fgd_hooks.selection import evenly_spaced, inherit_channels, is_untrained
 from tests.tiny import TinyDetector, block, trained
 
 

@@ -31,9 +31,11 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.models import get_model
 
-from fgd_hooks import load_config, monitor, save_config, selection
+from fgd_hooks import FGDConfig, Inheritance, load_config, monitor, save_config
+from fgd_hooks.beginning import begin
 from fgd_hooks.integrations.torchvision import TorchvisionDistiller
 from fgd_hooks.runfolder import MAP, MAP50
+from fgd_hooks.traces import RandomState
 
 Build = Callable[[Any, int, ImageSettings], nn.Module]
 
@@ -87,7 +89,7 @@ class Training:
         """The distiller; its adapters and context blocks get an optimiser of their own."""
         name = self.settings.teacher.checkpoint or self.settings.teacher.name
         config = load_config(self.settings.fgd, {"teacher.name": name})
-        if not self.settings.resume and (inherited := selection.begin(self.model, teacher, config.inherit)):
+        if not self.settings.resume and (inherited := self.inherit(teacher, config)):
             print(inherited)
         distiller, own = TorchvisionDistiller(self.model, teacher, config), config.optimizer
         if parameters := list(distiller.parameters()):  # none with equal widths and a loss without weights
@@ -98,6 +100,17 @@ class Training:
             save_config(config, self.out / "fgd.yaml")
             monitor.write_layout(self.writer, distiller.level_names)
         return distiller
+
+    def inherit(self, teacher: nn.Module, config: FGDConfig) -> Inheritance | None:
+        """Do what the setting ``inherit`` says."""
+
+        def first_batch() -> list[Tensor]:
+            state = RandomState.now()
+            images = [image.to(self.device) for image in next(iter(self.loader))[0]]
+            state.restore()
+            return images
+
+        return begin(self.model, teacher, config.inherit, images=first_batch)
 
     def factor(self, step: int) -> float:
         """What the learning rates are multiplied by in a step."""

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import random
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fgd_hooks.beginning import begin
 from fgd_hooks.parts import find_parts
-from fgd_hooks.selection import begin, is_untrained
+from fgd_hooks.selection import is_untrained
 from fgd_hooks.tapnames import unwrap
+from fgd_hooks.traces import RandomState
+
+MOST_IMAGES, MOST_PIXELS = 64, 2**23
+"""What the layers are fitted to (``inherit=fitted``); more pixels only if a batch of the training has more."""
 
 
 def yolo_parts(model: nn.Module) -> dict[str, list[str]]:
@@ -54,20 +62,41 @@ def inherit_into(trainer: Any, teacher: nn.Module, what: str | None) -> tuple[st
     if None not in strides and strides[0] != strides[1]:
         return f"{nothing}: the student's levels have the strides {strides[0]}, the teacher's {strides[1]}.", automatic
     parts: list[dict[str, list[str]] | None] = [None, None]
-    if what not in ("auto", "channels"):
+    if what not in ("auto", "channels", "fitted"):
         found = [{part: yolo_parts(model)[part] for part in what.split("+")} for model in (student, teacher)]
         if missing := [part for part, modules in found[1].items() if not modules]:
             return f"{nothing}: no {missing[0]} was found in the teacher ({type(teacher).__name__}).", False
         parts = [*found]
-    result = begin(student, teacher, what, *parts)
+    result = begin(student, teacher, what, parts[0], parts[1], lambda: some_images(trainer))
     if result is None:
         return "", True
     if trainer.ema:
         values, averaged = student.state_dict(), unwrap(trainer.ema.ema).state_dict()
         with torch.no_grad():
-            for name in result.copied:
-                averaged[name].copy_(values[name])
+            for name, value in values.items():
+                averaged[name].copy_(value)
     return f"inherit={what}: {result.summary}.", automatic or bool(result.copied)
+
+
+def some_images(trainer: Any) -> Tensor:
+    """Images of the training set as the training shows them: (N, C, H, W) in [0, 1], the same in each call.
+
+    They come from a data set of their own, so that neither the training's random state nor its mosaic buffer moves.
+    """
+    args, state = trainer.args, RandomState.now()
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    trainer.args = copy.copy(args)
+    trainer.args.cache = trainer.args.rect = False
+    try:
+        data = trainer.build_dataset(trainer.data["train"], mode="train", batch=trainer.batch_size)
+        count = min(MOST_IMAGES, max(trainer.batch_size, MOST_PIXELS // args.imgsz**2))
+        images = [data[number * len(data) // count]["img"] for number in range(count)]
+    finally:
+        trainer.args = args
+        state.restore()
+    return torch.stack(images).to(trainer.device).float() / 255
 
 
 def _strides(model: nn.Module) -> list[int] | None:

@@ -90,6 +90,13 @@ def test_ranks_inherit_alike(two_ranks, teacher_file, tmp_path):
 
 
 @pytest.mark.slow
+def test_ranks_are_fitted_alike(two_ranks):
+    folder = two_ranks(epochs=1, nbs=8, inherit="fitted")
+    assert_equal_on_both(recorded(folder, 0, "start"), recorded(folder, 1, "start"))
+    assert_equal_on_both(recorded(folder, 0), recorded(folder, 1))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_resume_on_another_number_of_ranks(two_ranks, tmp_path, before, after):
     with pytest.raises((RuntimeError, subprocess.CalledProcessError)):

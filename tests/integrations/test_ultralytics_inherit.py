@@ -6,9 +6,10 @@ import torch
 
 pytest.importorskip("ultralytics")
 
-from fgd_hooks import ConfigError, FGDCallback
-from fgd_hooks.integrations.ultralytics_inherit import inherit_into, yolo_parts
+from fgd_hooks import ConfigError, FGDCallback, fit_channels
+from fgd_hooks.integrations.ultralytics_inherit import inherit_into, some_images, yolo_parts
 from fgd_hooks.integrations.ultralytics_teacher import load_teacher
+from fgd_hooks.quickstart.train import BatchChecksum
 from fgd_hooks.selection import inherit_channels
 from fgd_hooks.transfer import inherit
 from tests.conftest import TINY, WIDE, architecture
@@ -157,6 +158,41 @@ def test_only_the_start_without_any_distillation(train, teacher_file, teachers, 
     train(FGDCallback(teacher_file, weight=0), hooks=[("on_train_start", look)])
     assert lines(log) == []
     assert not torch.equal(seen["weight"], teachers["model.1.conv.weight"][::2]), "weight=0 is the stock run"
+
+
+@pytest.mark.parametrize("augmented", [{"mosaic": 1.0, "cache": "ram"}, {"rect": True}], ids=["mosaic", "rect"])
+def test_a_student_that_is_fitted_to_its_teacher_and_then_trains_on_the_same_batches(
+    train, teacher_file, student_yaml, log, augmented
+):
+    seen, checksums = {}, [BatchChecksum(), BatchChecksum()]
+
+    def look(trainer):
+        seen.update(model=copy.deepcopy(trainer.model.state_dict()), ema=copy.deepcopy(trainer.ema.ema.state_dict()))
+        seen["images"] = [some_images(trainer), some_images(trainer)]
+        seen["cache"] = trainer.args.cache
+
+    hooks = [("on_pretrain_routine_end", checksums[0].attach), ("on_train_start", look)]
+    train(FGDCallback(teacher_file, inherit="fitted"), hooks=hooks, **augmented)
+    one, again = seen["images"]
+    assert torch.equal(one, again)
+    assert one.shape == (64, 3, 64, 64)
+    assert 0 <= one.min() < one.max() <= 1
+    assert len({image.sum().item() for image in one}) > 32, "more images than the set has: augmented ones"
+    assert seen["cache"] == augmented.get("cache", False), "the training's own settings are as they were"
+    expected, teacher = detection_model(student_yaml), load_teacher(teacher_file)
+    inherit_channels(expected, teacher)
+    copied = expected.state_dict()["model.1.conv.weight"].clone()
+    fit_channels(expected, teacher, one)
+    assert not torch.equal(expected.state_dict()["model.1.conv.weight"], copied)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(seen["model"][name], value), name
+        assert torch.equal(seen["ema"][name], value), name
+    (line,) = lines(log)
+    assert "inherit=fitted" in line
+    assert "convolutions were fitted" in line
+
+    train(name="stock", hooks=[("on_pretrain_routine_end", checksums[1].attach)], **augmented)
+    assert checksums[0].value == checksums[1].value != 0
 
 
 def test_auto_leaves_a_student_alone_that_is_built_otherwise(tmp_path):

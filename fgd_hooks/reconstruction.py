@@ -1,0 +1,304 @@
+"""Fit the layers of a thinned student to what its teacher's layers compute, in one forward pass over a few images.
+
+::
+
+    inherited = inherit_channels(student, teacher)
+    print(fit_channels(student, teacher, images))  # images: a batch of the training's own
+
+Evenly spaced channels of a layer (:mod:`fgd_hooks.selection`) meet fewer inputs than they were trained with, so that
+the copy computes something else than the teacher. Here each convolution is fitted by least squares, from its inputs in
+the student, to the outputs of the teacher's channels that it took, in the order in which the layers run, so that later
+layers make up for what earlier ones miss. Channel pruning reconstructs feature maps in this way, too: He et al.,
+"Channel Pruning for Accelerating Very Deep Neural Networks" (ICCV 2017, arXiv 1707.06168).
+"""
+
+from __future__ import annotations
+
+import statistics
+import typing
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fgd_hooks.distributed import is_distributed
+from fgd_hooks.fitted import MAX_CELLS, ridge_change, wide
+from fgd_hooks.probe import untouched
+from fgd_hooks.selection import BatchNorm, evenly_spaced, is_depthwise
+from fgd_hooks.tapnames import unwrap
+from fgd_hooks.taps import first_argument
+from fgd_hooks.teacher import check_apart, check_finite
+from fgd_hooks.transfer import Unit, units
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How well a student's layers repeat its teacher's.
+
+    Args:
+        explained: name of each convolution that was fitted -> the share of the variance of the teacher's outputs that
+            its outputs explain, mean over its channels, on the cells that it was fitted to.
+        kept: name of each other convolution -> why it stayed as it was.
+    """
+
+    explained: dict[str, float]
+    kept: dict[str, str]
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        if not self.explained:
+            return f"no convolution was fitted; {next(iter(self.kept.values()), 'the student has none')}"
+        fitted = len(self.explained)
+        return (
+            f"{fitted} of {fitted + len(self.kept)} convolutions were fitted to the teacher's outputs "
+            f"and explain {statistics.median(self.explained.values()):.0%} of their variance (median)"
+        )
+
+    def __str__(self) -> str:
+        lines = [self.summary, *(f"  {name}: {share:.0%}" for name, share in self.explained.items())]
+        return "\n".join(lines + [f"  {name} kept: {reason}" for name, reason in self.kept.items()])
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What a layer of the teacher gives: at the cells that are compared, and over all of them."""
+
+    cells: Tensor  # (rows, channels) its outputs at the sampled cells, before a normalisation
+    size: torch.Size  # (N, C, H, W) of its whole output
+    mean: Tensor  # (channels,)
+    variance: Tensor
+
+
+@torch.no_grad()
+def fit_channels(student: nn.Module, teacher: nn.Module, images: Any) -> Reconstruction:
+    """Fit each of the student's convolutions to the evenly spaced channels of the teacher's of that name, in place.
+
+    Minimises sum |t - W x|² + r |W - W0|² for each layer, over at most :data:`~fgd_hooks.fitted.MAX_CELLS` cells: x is
+    what the layer meets in the student, whose earlier layers are fitted already, t what the teacher's layer gives, both
+    less their means, W0 the weights at hand times the scale that suits each channel best, r as in
+    :meth:`fgd_hooks.fitted.FittedConv.fit`. A batch normalisation
+    that follows takes the statistics of these images and lets out what the teacher's lets out, a bias makes the means
+    equal. Layers stay as they are that have no counterpart of equal kernel, that are grouped (but for depthwise ones),
+    that run several times in a pass, or not at all. Takes one pass of each model and a linear system per layer.
+
+    Args:
+        student: after :func:`fgd_hooks.inherit_channels`, before its training; wrappers are looked through.
+        teacher: its batch normalisations must not be folded in (fused). It is not changed.
+        images: what both are called with, on their device: for most models (N, 3, H, W). Some dozens of images as the
+            student will meet them in training; all of them go through the models at once.
+
+    Raises:
+        TeacherError: the teacher is the student, shares its weights or holds NaN.
+        ValueError: a model cannot be run on the images.
+    """
+    student, teacher = unwrap(student), unwrap(teacher)
+    check_apart(student, teacher)
+    check_finite(teacher)
+    layers = dict(teacher.named_modules(remove_duplicate=False))
+    kept: dict[str, str] = {}
+    fits: dict[str, Unit] = {}
+    for unit in units(student, ""):
+        name, layer = next(iter(unit.layers.items()))
+        if isinstance(layer, nn.Conv2d):
+            if reason := _misfit(unit, layer, layers):
+                kept[name] = reason
+            else:
+                fits[name] = unit
+    targets = _observe(teacher, images, {name: (layers[name], unit.layers[name]) for name, unit in fits.items()})
+    for name in [name for name in fits if name not in targets]:
+        kept[name] = "the teacher's runs not once in a pass"
+        del fits[name]
+    explained = _fit_all(student, images, fits, targets, layers)
+    kept.update({name: "it does not run, or meets no finite features" for name in fits if name not in explained})
+    if is_distributed():
+        for tensor in [*student.parameters(), *student.buffers()]:
+            torch.distributed.broadcast(tensor, 0)
+    return Reconstruction(explained, kept)
+
+
+def _misfit(unit: Unit, mine: nn.Conv2d, teacher: Mapping[str, nn.Module]) -> str:
+    """Why a convolution cannot be fitted to the teacher's of its name, or an empty text."""
+    _, reason = unit.counterparts(teacher)
+    if reason:
+        return reason
+    name = next(iter(unit.layers))
+    theirs = teacher[name]
+    if not isinstance(theirs, nn.Conv2d):
+        return f"the teacher's {name} is a {type(theirs).__name__}"
+    for key in ("kernel_size", "stride", "padding", "dilation", "padding_mode"):
+        if getattr(mine, key) != getattr(theirs, key):
+            return f"its {key} is {getattr(mine, key)}, the teacher's {getattr(theirs, key)}"
+    if isinstance(mine.padding, str) or mine.padding_mode != "zeros":
+        return f"it pads with {mine.padding_mode!r} by {mine.padding!r}, not with zeros by a number of cells"
+    if (mine.groups, theirs.groups) != (1, 1) and not (is_depthwise(mine) and is_depthwise(theirs)):
+        return f"it has {mine.groups} groups, the teacher's {theirs.groups}"
+    if mine.out_channels > theirs.out_channels or (not unit.normalised and mine.out_channels != theirs.out_channels):
+        return f"its {mine.out_channels} outputs are no channels of the teacher's {theirs.out_channels}"
+    return ""
+
+
+def _observe(teacher: nn.Module, images: Any, pairs: Mapping[str, tuple[nn.Module, nn.Module]]) -> dict[str, _Target]:
+    """The teacher's outputs, for those layers that run once; ``pairs``: name -> (the teacher's, the student's)."""
+    targets: dict[str, _Target] = {}
+    calls: Counter[str] = Counter()
+
+    def record(name: str, mine: Any) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            calls[name] += 1
+            if calls[name] == 1 and output.dim() == 4:
+                chosen = output.detach().index_select(
+                    1, evenly_spaced(mine.out_channels, output.shape[1]).to(output.device)
+                )
+                cells = chosen.movedim(1, -1).flatten(0, -2)
+                rows = _rows(cells.shape[0]).to(cells.device)
+                statistic = wide(chosen)
+                variance, mean = torch.var_mean(statistic, dim=(0, 2, 3), correction=0)
+                targets[name] = _Target(cells[rows], chosen.shape, mean, variance)
+
+        return hook
+
+    handles = [theirs.register_forward_hook(record(name, mine)) for name, (theirs, mine) in pairs.items()]
+    _run(teacher, images, "teacher", handles)
+    return {name: target for name, target in targets.items() if calls[name] == 1}
+
+
+def _fit_all(
+    student: nn.Module,
+    images: Any,
+    fits: Mapping[str, Unit],
+    targets: Mapping[str, _Target],
+    teacher: Mapping[str, nn.Module],
+) -> dict[str, float]:
+    """Run the student once and fit each layer just before it runs, its normalisation just after."""
+    explained: dict[str, float] = {}
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if name not in explained:
+                share = _fit(module, first_argument(args, kwargs), targets[name])
+                if share is not None:
+                    explained[name] = share
+
+        return hook
+
+    def after(name: str, norm: Any, other: Any) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if name in explained:
+                _normalise(norm, other, output, targets[name])
+
+        return hook
+
+    handles = []
+    for name, unit in fits.items():
+        handles.append(unit.layers[name].register_forward_pre_hook(before(name), with_kwargs=True))
+        following = [(key, layer) for key, layer in unit.layers.items() if isinstance(layer, BatchNorm)]
+        for key, norm in following[:1]:
+            handles.append(unit.layers[name].register_forward_hook(after(name, norm, teacher[key])))
+    _run(student, images, "student", handles)
+    return explained
+
+
+def _run(model: nn.Module, images: Any, role: str, handles: list[Any]) -> None:
+    """One pass in eval mode that leaves no trace but what the hooks do, which are removed."""
+    try:
+        with untouched(model):
+            model(images)
+    except Exception as error:
+        raise ValueError(f"The {role} ({type(model).__name__}) cannot be run on the images: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _rows(count: int) -> Tensor:
+    """(rows,) the cells that are compared: all, or a random choice that is the same in every call."""
+    if count <= MAX_CELLS:
+        return torch.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:MAX_CELLS].sort().values
+
+
+def _fit(layer: nn.Conv2d, features: Tensor, target: _Target) -> float | None:
+    """Fit weights (and bias) of a convolution; the share of variance explained, None where nothing was changed."""
+    size = target.size
+    height, width = _output_size(layer, features)
+    if (features.shape[0], height, width) != (size[0], size[2], size[3]):
+        return None
+    patches = wide(_patches(layer, features, size))  # (groups, rows, inputs of one output)
+    outputs = wide(target.cells).t().unsqueeze(-1) if layer.groups > 1 else wide(target.cells).unsqueeze(0)
+    start = wide(layer.weight).flatten(1)
+    start = start.unsqueeze(-1) if layer.groups > 1 else start.t().unsqueeze(0)  # (groups, inputs, outputs)
+    inputs_mean, outputs_mean = patches.mean(1, keepdim=True), outputs.mean(1, keepdim=True)
+    if not (torch.isfinite(inputs_mean).all() and torch.isfinite(outputs_mean).all()):
+        return None
+    patches, outputs = patches - inputs_mean, outputs - outputs_mean
+    copied = patches @ start  # sums of fewer terms than the teacher's: as good as they get by another scale
+    scale = (outputs * copied).sum(1) / copied.square().sum(1)
+    start = start * torch.where(scale > 0, scale, 0)[:, None]  # no scale of NaN: where a channel is 0 everywhere
+    rest = outputs - patches @ start
+    count = patches.new_tensor(float(patches.shape[1]))
+    change = ridge_change(patches.mT @ patches / count, patches.mT @ rest / count, count)
+    weight = start + change
+    left = (rest - patches @ change).square().mean(1)
+    total = outputs.square().mean(1)
+    flat = weight.squeeze(-1) if layer.groups > 1 else weight.squeeze(0).t()
+    layer.weight.copy_(flat.reshape(layer.weight.shape))
+    if layer.bias is not None:
+        layer.bias.copy_((outputs_mean - inputs_mean @ weight).flatten())
+    alive = total > 0
+    return float(1 - (left[alive] / total[alive]).mean()) if alive.any() else 1.0
+
+
+def _output_size(layer: nn.Conv2d, features: Tensor) -> tuple[int, int]:
+    """(H, W) of what a convolution makes of its input."""
+    height, width = (
+        (features.shape[2 + dim] + 2 * pad - layer.dilation[dim] * (layer.kernel_size[dim] - 1) - 1)
+        // layer.stride[dim]
+        + 1
+        for dim, pad in enumerate(_pads(layer))
+    )
+    return height, width
+
+
+def _pads(layer: nn.Conv2d) -> tuple[int, int]:
+    """Cells of zeros at each side, (vertical, horizontal)."""
+    return typing.cast(tuple[int, int], layer.padding)  # no text: such a layer is kept
+
+
+def _patches(layer: nn.Conv2d, features: Tensor, size: torch.Size) -> Tensor:
+    """What a convolution's kernel meets at the cells that are compared.
+
+    Returns:
+        (1, rows, C * kernel cells), in the order of the weights; of a depthwise one (C, rows, kernel cells).
+    """
+    vertical, horizontal = _pads(layer)
+    padded = nn.functional.pad(features.detach(), (horizontal, horizontal, vertical, vertical))
+    rows = _rows(size[0] * size[2] * size[3]).to(features.device)
+    image = rows // (size[2] * size[3])
+    top = rows // size[3] % size[2] * layer.stride[0]
+    left = rows % size[3] * layer.stride[1]
+    seen = torch.stack(
+        [
+            padded[image, :, top + i * layer.dilation[0], left + j * layer.dilation[1]]
+            for i in range(layer.kernel_size[0])
+            for j in range(layer.kernel_size[1])
+        ],
+        dim=-1,
+    )  # (rows, C, kernel cells)
+    return seen.transpose(0, 1) if layer.groups > 1 else seen.flatten(1).unsqueeze(0)
+
+
+def _normalise(norm: Any, other: Any, output: Tensor, target: _Target) -> None:
+    """Set a batch normalisation so that its outputs have the mean and deviation of the teacher's on these images."""
+    if norm.running_mean is None or other.running_mean is None or norm.weight is None or other.weight is None:
+        return
+    variance, mean = torch.var_mean(wide(output), dim=(0, 2, 3), correction=0)
+    chosen = evenly_spaced(norm.num_features, other.num_features).to(target.mean.device)
+    gain = wide(other.weight)[chosen] / (wide(other.running_var)[chosen] + other.eps).sqrt()
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(variance)
+    norm.weight.copy_(gain * (target.variance + norm.eps).sqrt())
+    norm.bias.copy_(wide(other.bias)[chosen] + gain * (target.mean - wide(other.running_mean)[chosen]))
