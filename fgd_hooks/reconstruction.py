@@ -67,7 +67,7 @@ class Reconstruction:
 class _Target:
     """What a layer of the teacher gives: at the cells that are compared, and over all of them."""
 
-    cells: Tensor  # (rows, channels) its outputs at the sampled cells, before a normalisation
+    cells: Tensor  # (rows, channels) its outputs at the sampled cells, before a normalisation; on the CPU
     size: torch.Size  # (N, C, H, W) of its whole output
     mean: Tensor  # (channels,)
     variance: Tensor
@@ -157,7 +157,7 @@ def _observe(teacher: nn.Module, images: Any, pairs: Mapping[str, tuple[nn.Modul
                 rows = _rows(cells.shape[0]).to(cells.device)
                 statistic = wide(chosen)
                 variance, mean = torch.var_mean(statistic, dim=(0, 2, 3), correction=0)
-                targets[name] = _Target(cells[rows], chosen.shape, mean, variance)
+                targets[name] = _Target(cells[rows].cpu(), chosen.shape, mean, variance)
 
         return hook
 
@@ -228,7 +228,8 @@ def _fit(layer: nn.Conv2d, features: Tensor, target: _Target) -> float | None:
     if (features.shape[0], height, width) != (size[0], size[2], size[3]):
         return None
     patches = wide(_patches(layer, features, size))  # (groups, rows, inputs of one output)
-    outputs = wide(target.cells).t().unsqueeze(-1) if layer.groups > 1 else wide(target.cells).unsqueeze(0)
+    cells = wide(target.cells).to(patches.device)
+    outputs = cells.t().unsqueeze(-1) if layer.groups > 1 else cells.unsqueeze(0)
     start = wide(layer.weight).flatten(1)
     start = start.unsqueeze(-1) if layer.groups > 1 else start.t().unsqueeze(0)  # (groups, inputs, outputs)
     inputs_mean, outputs_mean = patches.mean(1, keepdim=True), outputs.mean(1, keepdim=True)

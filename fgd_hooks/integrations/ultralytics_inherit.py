@@ -45,7 +45,7 @@ def inherit_into(trainer: Any, teacher: nn.Module, what: str | None) -> tuple[st
     Args:
         trainer: at ``on_pretrain_routine_end``, not resuming.
         teacher: with its batch normalisations, not fused.
-        what: the setting ``inherit``, see :func:`fgd_hooks.selection.begin`.
+        what: the setting ``inherit``, see :func:`fgd_hooks.beginning.begin`.
 
     Returns:
         One line on what was copied (empty where nothing was to be), and whether that is what was asked for.
@@ -67,7 +67,12 @@ def inherit_into(trainer: Any, teacher: nn.Module, what: str | None) -> tuple[st
         if missing := [part for part, modules in found[1].items() if not modules]:
             return f"{nothing}: no {missing[0]} was found in the teacher ({type(teacher).__name__}).", False
         parts = [*found]
-    result = begin(student, teacher, what, parts[0], parts[1], lambda: some_images(trainer))
+
+    def images() -> Tensor:
+        teacher.to(trainer.device)  # where it is to teach, too
+        return some_images(trainer)
+
+    result = begin(student, teacher, what, parts[0], parts[1], images)
     if result is None:
         return "", True
     if trainer.ema:
