@@ -80,10 +80,10 @@ def fit_channels(student: nn.Module, teacher: nn.Module, images: Any) -> Reconst
     Minimises sum |t - W x|² + r |W - W0|² for each layer, over at most :data:`~fgd_hooks.fitted.MAX_CELLS` cells: x is
     what the layer meets in the student, whose earlier layers are fitted already, t what the teacher's layer gives, both
     less their means, W0 the weights at hand times the scale that suits each channel best, r as in
-    :meth:`fgd_hooks.fitted.FittedConv.fit`. A batch normalisation
-    that follows takes the statistics of these images and lets out what the teacher's lets out, a bias makes the means
-    equal. Layers stay as they are that have no counterpart of equal kernel, that are grouped (but for depthwise ones),
-    that run several times in a pass, or not at all. Takes one pass of each model and a linear system per layer.
+    :meth:`fgd_hooks.fitted.FittedConv.fit`. A batch normalisation that follows takes the statistics of these images and
+    lets out what the teacher's lets out, a bias makes the means equal. Takes one pass of each model and a linear system
+    per layer. Layers stay as they are that have no counterpart of equal kernel, that are frozen (YOLO's fixed DFL
+    convolution is) or grouped (but for depthwise ones), that run several times in a pass, or not at all.
 
     Args:
         student: after :func:`fgd_hooks.inherit_channels`, before its training; wrappers are looked through.
@@ -125,6 +125,8 @@ def _misfit(unit: Unit, mine: nn.Conv2d, teacher: Mapping[str, nn.Module]) -> st
     _, reason = unit.counterparts(teacher)
     if reason:
         return reason
+    if not mine.weight.requires_grad:
+        return "its weights are frozen"
     name = next(iter(unit.layers))
     theirs = teacher[name]
     if not isinstance(theirs, nn.Conv2d):

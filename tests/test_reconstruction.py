@@ -182,7 +182,7 @@ def test_of_many_cells_a_part_is_taken(monkeypatch):
 
 
 class Odd(nn.Module):
-    """Layers that are not fitted: one runs twice, one never, one is grouped, one pads otherwise, one is wider here."""
+    """Layers that are not fitted: that run twice or never, are grouped or frozen, pad otherwise, have other widths."""
 
     def __init__(self, width: int, kernel: int = 3, wide: int = 4) -> None:
         super().__init__()
@@ -193,11 +193,12 @@ class Odd(nn.Module):
         self.reflecting = nn.Conv2d(width, width, 3, padding=1, padding_mode="reflect")
         self.same = nn.Conv2d(width, width, 3, padding="same")
         self.kernel = nn.Conv2d(width, width, kernel, padding=kernel // 2)
+        self.fixed = nn.Conv2d(width, width, 1).requires_grad_(False)
         self.head = nn.Conv2d(width, wide, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.twice(self.twice(self.first(images)))
-        return self.head(self.kernel(self.same(self.reflecting(self.grouped(x)))))
+        return self.head(self.fixed(self.kernel(self.same(self.reflecting(self.grouped(x))))))
 
 
 def test_layers_that_cannot_be_fitted_stay_and_the_report_says_why():
@@ -213,6 +214,7 @@ def test_layers_that_cannot_be_fitted_stay_and_the_report_says_why():
         "reflecting": "pads",
         "same": "pads",
         "kernel": "kernel_size",
+        "fixed": "frozen",
         "head": "no channels",
     }
     for name, word in words.items():
