@@ -14,15 +14,13 @@ from typing import Any
 
 import torch
 
+from fgd_hooks.machine import processor
+
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
 
 def machine() -> dict[str, Any]:
     """Processor, versions, threads and the load beside this process."""
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("ultralytics", "torchvision"):
         try:
@@ -31,7 +29,7 @@ def machine() -> dict[str, Any]:
             versions[package] = "not installed"
     return {
         "date": datetime.date.today().isoformat(),
-        "cpu": name,
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -179,17 +179,29 @@ class Planner:
             common = round(common / data.fraction)
         if arm.compute is None:
             return arm.epochs or common
-        seconds = []
+        quickest: list[dict[str, float]] = []
         for other in (arm.compute, self.spec.baseline):
             found = [self.run(name, other, seed).result() for seed in self.spec.seeds]
             if not all(found):
                 return None
             # other programs only ever slow a run down, so the quickest seed is nearest to the cost
-            seconds.append(min(float(each["cpu_s"]) / int(each["epochs"]) for each in found if each))
-        if min(seconds) <= 0:
+            quickest.append({})
+            for each in found:
+                if each:
+                    device, seconds = str(each.get("device")), float(each["cpu_s"]) / int(each["epochs"])
+                    quickest[-1][device] = min(seconds, quickest[-1].get(device, seconds))
+        shared = [device for device in quickest[0] if device in quickest[1]]
+        if not shared:
+            one, other = (", ".join(devices) for devices in quickest)
+            raise StudyError(
+                f"{name}: {arm.compute} ran on {one}, {self.spec.baseline} on {other}; their seconds "
+                "cannot be compared. Run a seed of both on one, or give the arm its epochs."
+            )
+        costs = [seconds[shared[0]] for seconds in quickest]
+        if min(costs) <= 0:
             raise StudyError(f"{name}: a run of {arm.compute} or {self.spec.baseline} took no CPU time; remove it.")
         length = self.epochs(name, self.spec.arms[arm.compute])
-        return None if length is None else max(1, round(length * seconds[0] / seconds[1]))
+        return None if length is None else max(1, round(length * costs[0] / costs[1]))
 
     def run(self, name: str, arm_name: str, seed: int, epochs: int | None = None) -> Run:
         """The run of one arm."""

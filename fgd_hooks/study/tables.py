@@ -33,7 +33,7 @@ class Record:
         cpu_s: CPU seconds of the training.
         results: figures by split, as ``fgd eval --json`` writes them.
         batches: checksum of the training batches; None where it was not taken.
-        device: "cpu" or "gpu", whose seconds ``cpu_s`` are spent beside.
+        device: what it ran on; ``cpu_s`` of different ones are not compared.
         settings: everything else that shaped the run.
     """
 

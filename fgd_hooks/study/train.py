@@ -52,6 +52,7 @@ def train(job: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     from fgd_hooks import __version__
     from fgd_hooks.evaluate import evaluate
+    from fgd_hooks.machine import device_name
     from fgd_hooks.quickstart.train import BatchChecksum, silence_loggers
 
     silence_loggers(HOST)
@@ -83,7 +84,7 @@ def train(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         "wall_s": round(wall, 1),
         "cpu_s": round(cpu, 1),
         "batches": checksum.value,
-        "device": "cpu" if job["device"] == "cpu" else "gpu",  # whose seconds these are
+        "device": device_name(job["device"]),  # whose seconds these are
         "versions": {"fgd_hooks": __version__, "ultralytics": ultralytics_version, "torch": torch.__version__},
         "results": {"val": metrics},
     }

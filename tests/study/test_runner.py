@@ -172,6 +172,24 @@ def test_equal_compute_follows_from_the_least_disturbed_runs(tmp_path):
         planner(file).plan()
 
 
+def test_equal_compute_compares_seconds_of_one_processor(tmp_path):
+    arms = {"alone": {"kind": "alone"}, "same": {"kind": "alone", "compute": "fgd"}, "fgd": {"kind": "fgd"}}
+    file = make_study(tmp_path, arms=arms)
+    go(file)
+
+    def note(arm, seed, **changes):
+        result = planner(file).run("a", arm, seed).folder / RESULT
+        result.write_text(json.dumps({**json.loads(result.read_text()), **changes}))
+
+    for arm, seconds in (("alone", 1.0), ("fgd", 3.0)):
+        note(arm, 0, device="quick", cpu_s=seconds)
+        note(arm, 1, device=f"slow, for {arm}", cpu_s=0.1)
+    assert planner(file).epochs("a", planner(file).spec.arms["same"]) == 15
+    note("alone", 0, device="another")
+    with pytest.raises(StudyError, match="fgd ran on quick, slow, for fgd, alone on another, slow, for alone; "):
+        planner(file).plan()
+
+
 def test_epochs_of_equal_compute_follow_from_the_finished_runs(tmp_path):
     arms = {"alone": {"kind": "alone"}, "same": {"kind": "alone", "compute": "fgd"}, "fgd": {"kind": "fgd"}}
     file = make_study(tmp_path, arms=arms)
