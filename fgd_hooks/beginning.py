@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fgd_hooks.reconstruction import fit_channels
+from fgd_hooks.reconstruction import Reconstruction, fit_channels
 from fgd_hooks.selection import inherit_channels, is_untrained
 from fgd_hooks.tapnames import unwrap
 from fgd_hooks.transfer import Inheritance, Parts, inherit
@@ -30,12 +30,13 @@ def begin(
     Args:
         student: the model that is changed.
         teacher: the model that gives, not fused.
-        what: None or "" (nothing); "channels"; "auto": the same if the student has not been trained yet and nine tenths
-            of its parameters or more are replaced; "fitted": as "channels", then :func:`fgd_hooks.fit_channels`;
-            "neck", "head" or "neck+head".
+        what: None or "" (nothing); "channels": :func:`fgd_hooks.inherit_channels`; "fitted": the same, then
+            :func:`fgd_hooks.fit_channels`; "auto": as "fitted", if the student has not been trained yet and nine tenths
+            of its parameters or more are replaced, as "channels" where there are no images or the models cannot be run
+            on them; "neck", "head" or "neck+head".
         parts: the student's modules of each of these parts; None: found by a probe.
         teacher_parts: the teacher's.
-        images: gives the images for "fitted".
+        images: gives what the layers are fitted to.
 
     Raises:
         TeacherError, TapError, ValueError: "fitted" without images; see :func:`fgd_hooks.inherit_channels`,
@@ -44,10 +45,17 @@ def begin(
     if not what or (what == "auto" and not is_untrained(unwrap(student))):
         return None
     if what in ("auto", "channels", "fitted"):
-        result = inherit_channels(student, teacher, least=LEAST if what == "auto" else 0.0)
-        if what != "fitted" or not result.copied:
-            return result
-        if images is None:
+        automatic = what == "auto"
+        if what == "fitted" and images is None:
             raise ValueError("inherit='fitted' needs images to fit to; give begin() a function that returns them.")
-        return dataclasses.replace(result, fitted=fit_channels(student, teacher, images()))
+        result = inherit_channels(student, teacher, least=LEAST if automatic else 0.0)
+        if what == "channels" or images is None or not result.copied:
+            return result
+        try:
+            fitted = fit_channels(student, teacher, images())
+        except ValueError as error:
+            if not automatic:
+                raise
+            fitted = Reconstruction({}, {"all": str(error)})
+        return dataclasses.replace(result, fitted=fitted)
     return inherit(student, teacher, parts or what, teacher_parts=teacher_parts)

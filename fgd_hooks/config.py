@@ -217,10 +217,10 @@ class FGDConfig(Section):
         resize: resample the student's map where its size differs from the teacher's; an error otherwise.
         inherit: what an integration copies of the teacher's weights into the student before a training begins.
             "channels": evenly spaced channels of every layer, for a student of the teacher's architecture that is
-            narrower (see fgd_hooks/selection.py); "auto": the same, if the student begins from random weights and nine
-            tenths of them are replaced so; "fitted": as "channels", and then each convolution is fitted to what the
-            teacher's computes on some training images (see fgd_hooks/reconstruction.py); "neck", "head" or
-            "neck+head": these, where their shapes are equal (see fgd_hooks/transfer.py); null or empty: nothing.
+            narrower (see fgd_hooks/selection.py); "fitted": the same, and then each convolution is fitted to what the
+            teacher's computes on some training images (see fgd_hooks/reconstruction.py); "auto": as "fitted", if the
+            student begins from random weights and nine tenths of them are replaced so; "neck", "head" or "neck+head":
+            these, where their shapes are equal (see fgd_hooks/transfer.py); null or empty: nothing.
         boxes_from: where the Ultralytics callback takes the boxes of the foreground from: "labels", or, in a segment
             training, "masks": the box around what is seen of each instance.
         losses: several losses at once instead of ``loss``: names or sections like it, as in

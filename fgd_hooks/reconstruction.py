@@ -31,7 +31,7 @@ from fgd_hooks.selection import BatchNorm, evenly_spaced, is_depthwise
 from fgd_hooks.tapnames import unwrap
 from fgd_hooks.taps import first_argument
 from fgd_hooks.teacher import check_apart, check_finite
-from fgd_hooks.transfer import Unit, units
+from fgd_hooks.transfer import Unit, units, write_tensors
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,11 @@ def fit_channels(student: nn.Module, teacher: nn.Module, images: Any) -> Reconst
     what the layer meets in the student, whose earlier layers are fitted already, t what the teacher's layer gives, both
     less their means, W0 the weights at hand times the scale that suits each channel best, r as in
     :meth:`fgd_hooks.fitted.FittedConv.fit`. A batch normalisation that follows takes the statistics of these images and
-    lets out what the teacher's lets out, a bias makes the means equal. Takes one pass of each model and a linear system
-    per layer. Layers stay as they are that have no counterpart of equal kernel, that are frozen (YOLO's fixed DFL
-    convolution is) or grouped (but for depthwise ones), that run several times in a pass, or not at all.
+    lets out what the teacher's lets out, and the weights before it stay as long as they were, channel by channel. Their
+    length has no effect on what is computed, but an optimizer turns longer ones more slowly: a student whose weights
+    grew in the fit ends worse (docs/inheriting.md). A bias makes the means equal. Takes one pass of each model and a
+    linear system per layer. Layers stay as they are that have no counterpart of equal kernel, that are frozen (YOLO's
+    fixed DFL convolution is) or grouped (but for depthwise ones), that run several times in a pass, or not at all.
 
     Args:
         student: after :func:`fgd_hooks.inherit_channels`, before its training; wrappers are looked through.
@@ -93,7 +95,7 @@ def fit_channels(student: nn.Module, teacher: nn.Module, images: Any) -> Reconst
 
     Raises:
         TeacherError: the teacher is the student, shares its weights or holds NaN.
-        ValueError: a model cannot be run on the images.
+        ValueError: a model cannot be run on the images; the student is as it was.
     """
     student, teacher = unwrap(student), unwrap(teacher)
     check_apart(student, teacher)
@@ -112,7 +114,12 @@ def fit_channels(student: nn.Module, teacher: nn.Module, images: Any) -> Reconst
     for name in [name for name in fits if name not in targets]:
         kept[name] = "the teacher's runs not once in a pass"
         del fits[name]
-    explained = _fit_all(student, images, fits, targets, layers)
+    before = {name: value.clone() for name, value in [*student.named_parameters(), *student.named_buffers()]}
+    try:
+        explained = _fit_all(student, images, fits, targets, layers)
+    except ValueError:
+        write_tensors(student, before)
+        raise
     kept.update({name: "it does not run, or meets no finite features" for name in fits if name not in explained})
     if is_distributed():
         for tensor in [*student.parameters(), *student.buffers()]:
@@ -177,11 +184,14 @@ def _fit_all(
 ) -> dict[str, float]:
     """Run the student once and fit each layer just before it runs, its normalisation just after."""
     explained: dict[str, float] = {}
+    normalised = {
+        name for name, unit in fits.items() if any(isinstance(each, BatchNorm) for each in unit.layers.values())
+    }
 
     def before(name: str) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if name not in explained:
-                share = _fit(module, first_argument(args, kwargs), targets[name])
+                share = _fit(module, first_argument(args, kwargs), targets[name], name in normalised)
                 if share is not None:
                     explained[name] = share
 
@@ -223,7 +233,7 @@ def _rows(count: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:MAX_CELLS].sort().values
 
 
-def _fit(layer: nn.Conv2d, features: Tensor, target: _Target) -> float | None:
+def _fit(layer: nn.Conv2d, features: Tensor, target: _Target, normalised: bool) -> float | None:
     """Fit weights (and bias) of a convolution; the share of variance explained, None where nothing was changed."""
     size = target.size
     height, width = _output_size(layer, features)
@@ -248,6 +258,9 @@ def _fit(layer: nn.Conv2d, features: Tensor, target: _Target) -> float | None:
     left = (rest - patches @ change).square().mean(1)
     total = outputs.square().mean(1)
     flat = weight.squeeze(-1) if layer.groups > 1 else weight.squeeze(0).t()
+    if normalised:
+        length, copied_length = flat.norm(dim=1, keepdim=True), wide(layer.weight).flatten(1).norm(dim=1, keepdim=True)
+        flat = flat * torch.where((length > 0) & (copied_length > 0), copied_length / length, 1)
     layer.weight.copy_(flat.reshape(layer.weight.shape))
     if layer.bias is not None:
         layer.bias.copy_((outputs_mean - inputs_mean @ weight).flatten())

@@ -32,7 +32,15 @@ def pair(width=4, by=2, seed=0):
     trained(teacher, seed)
     student = net(width, seed=seed + 1)
     inherit_channels(student, teacher)
-    return student, teacher.eval()
+    return exactly_normalised(student), exactly_normalised(teacher).eval()
+
+
+def exactly_normalised(model: nn.Module) -> nn.Module:
+    """Without the eps of its batch normalisations, which weighs otherwise on features of another size."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 1e-12
+    return model
 
 
 def outputs(model: nn.Module, name: str, images: Tensor) -> Tensor:
@@ -97,8 +105,28 @@ def test_a_layer_is_the_least_squares_solution(shape, depthwise):
     assert "nothing" not in result.kept["0"]
     taken = evenly_spaced(4, 8)
     expected = reference(student[1], start, outputs(student, "0", images), outputs(teacher, "1", images)[:, taken])
-    assert torch.allclose(student[1].weight.double(), expected, rtol=1e-3, atol=1e-5)
+    assert torch.allclose(student[1].weight.double(), as_long_as(start, expected), rtol=1e-3, atol=1e-5)
     assert not torch.allclose(student[1].weight, start, atol=1e-3)
+
+
+def as_long_as(start: Tensor, weight: Tensor) -> Tensor:
+    """Each output channel's weights times what makes them as long as the start's; a normalisation follows."""
+    return weight * (start.double().flatten(1).norm(dim=1) / weight.flatten(1).norm(dim=1))[:, None, None, None]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_where_nothing_normalises_the_solution_is_taken_as_it_is(shape):
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, **SHAPES[shape]))
+    teacher = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, **SHAPES[shape]))
+    inherit_channels(student, teacher)
+    start = student[1].weight.clone()
+    images = some_images()
+    fit_channels(student, teacher, images)
+    aim = outputs(teacher, "1", images)
+    expected = reference(student[1], start, outputs(student, "0", images), aim)
+    assert torch.allclose(student[1].weight.double(), expected, rtol=1e-3, atol=1e-5)
+    assert torch.allclose(outputs(student, "1", images).mean((0, 2, 3)), aim.mean((0, 2, 3)), atol=1e-5)
 
 
 def test_the_fitted_student_gives_what_the_teacher_gives_more_nearly():
@@ -122,7 +150,7 @@ def test_later_layers_meet_what_the_fitted_ones_give():
     met = outputs(student, "depthwise", images)
     taken = evenly_spaced(4, 8)
     expected = reference(student.mix[0], start, met, outputs(teacher, "mix.0", images)[:, taken])
-    assert torch.allclose(student.mix[0].weight.double(), expected, rtol=1e-3, atol=1e-5)
+    assert torch.allclose(student.mix[0].weight.double(), as_long_as(start, expected), rtol=1e-3, atol=1e-5)
 
 
 def test_means_and_deviations_are_the_teachers():
@@ -160,8 +188,8 @@ def test_weights_that_lead_astray_are_no_worse_than_none():
 
 
 def test_a_thinned_student_that_repeats_its_teacher_exactly_stays_so():
-    teacher = widened(trained(net(4)), 2).eval()
-    student = net(4, seed=5)
+    teacher = exactly_normalised(widened(trained(net(4)), 2)).eval()
+    student = exactly_normalised(net(4, seed=5))
     inherit_channels(student, teacher)
     images = some_images()
     fit_channels(student, teacher, images)
@@ -265,10 +293,12 @@ def test_wrong_arguments():
         broken = copy.deepcopy(model)
         broken.mix[0].register_forward_pre_hook(lambda module, args: 1 / 0)
         models = (broken, teacher) if role == "student" else (student, broken)
+        before = copy.deepcopy(models[0].state_dict())
         with pytest.raises(ValueError, match=rf"The {role} \(Net\) cannot be run on the images: division by zero"):
             fit_channels(*models, some_images())
         assert len(broken.mix[0]._forward_pre_hooks) == 1, "ours are gone"
         assert not any(m._forward_hooks for m in broken.modules())
+        assert all(torch.equal(value, before[name]) for name, value in models[0].state_dict().items()), "no half fit"
 
 
 def test_by_the_setting():
@@ -285,7 +315,20 @@ def test_by_the_setting():
         assert torch.equal(value, by_hand.state_dict()[name])
     with pytest.raises(ValueError, match="needs images"):
         begin(net(2), teacher, "fitted")
-    other = begin(TinyDetector(), nn.Sequential(nn.Linear(2, 2)), "fitted")
+    automatic = net(2)
+    assert begin(automatic, teacher, "auto", images=some_images) is not None
+    assert torch.equal(automatic.mix[0].weight, by_hand.mix[0].weight)
+    copied = net(2)
+    begin(copied, teacher, "channels", images=some_images)
+    for images, words in ((None, ""), (lambda: "no images", "cannot be run on the images")):
+        automatic = net(2)
+        result = begin(automatic, teacher, "auto", images=images)
+        assert result is not None
+        assert torch.equal(automatic.mix[0].weight, copied.mix[0].weight), "the copy alone"
+        assert words in result.summary
+    with pytest.raises(ValueError, match="cannot be run on the images"):
+        begin(net(2), teacher, "fitted", images=lambda: "no images")
+    other = begin(TinyDetector(), nn.Sequential(nn.Linear(2, 2)), "fitted", images=some_images)
     assert other is not None, "nothing was inherited, so that there is nothing to fit"
     assert other.fitted is None
 

@@ -119,12 +119,13 @@ def test_an_untrained_student_begins_as_a_thinned_teacher_and_a_trained_one_does
 
     def look(trainer):
         seen.update(model=copy.deepcopy(trainer.model.state_dict()), ema=copy.deepcopy(trainer.ema.ema.state_dict()))
+        seen["images"] = some_images(trainer)
 
     train(FGDCallback(teacher_file), hooks=[("on_train_start", look)])
-    expected = detection_model(student_yaml)
+    expected, layer = detection_model(student_yaml), "model.1.conv.weight"
     inherit_channels(expected, load_teacher(teacher_file))
-    layer = "model.1.conv.weight"
     assert torch.equal(expected.state_dict()[layer], teachers[layer][::2])
+    fit_channels(expected, load_teacher(teacher_file), seen["images"])
     for name, value in expected.state_dict().items():
         assert torch.equal(seen["model"][name], value), name
         assert torch.equal(seen["ema"][name], value), name
