@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ INTRODUCTION = (
     "mAP50-95 by pycocotools of the last weights, per cent: mean ± standard deviation over the seeds. Less ...: "
     f"the mean of what `{SUBJECT}` has more with the same seed, and its 95 % t-interval. Gap: the difference to the "
     "student alone as a share of what the teacher is above it. CPU: seconds of the training as a multiple of those "
-    "of the student alone."
+    "of the student alone, on one kind of processor. The start alone is `inherit=channels` without a teacher."
 )
 
 
@@ -55,7 +56,7 @@ def write_overview(folders: Sequence[Path], file: Path) -> str:
         "",
         INTRODUCTION,
         "",
-        *markdown_table((*what, "seeds", "alone", f"`{SUBJECT}`", "teacher", "gap", "CPU"), gains),
+        *markdown_table((*what, "seeds", "alone", f"`{SUBJECT}`", "teacher", "gap", "CPU", "settings"), gains),
         "",
         *markdown_table((*what, *(f"less {text}" for text in RIVALS.values())), differences),
         "",
@@ -102,7 +103,14 @@ def _gain_row(group: Group, subject: Arm, split: str) -> tuple[str, ...]:
         "-" if teacher is None else f"{teacher:.1f}",
         "-" if closed is None else f"{100 * closed:.0f} %",
         "-" if cost is None else f"{cost:.2f}",
+        _settings(subject),
     )
+
+
+def _settings(subject: Arm) -> str:
+    """How the arm's distillation was set where it was not left to the defaults: an earlier default, say."""
+    fgd = json.loads(subject.runs[0].settings or "[null, null]")[1] or {}
+    return ", ".join(f"`{key}={value}`" for key, value in fgd.items()) or "defaults"
 
 
 def _difference_row(group: Group, arms: dict[str, Arm], split: str) -> tuple[str, ...]:
