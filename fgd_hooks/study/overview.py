@@ -82,9 +82,10 @@ def _cost_row(group: Group, arms: dict[str, Arm]) -> dict[tuple[str, ...], None]
     rows: dict[tuple[str, ...], None] = {}
     mine = arms[SUBJECT]
     for name in SAME_COMPUTE:
-        ratio = cost_ratio(mine, arms[name]) if name in arms else None
-        if ratio is not None:
-            rows[(group.data, group.student, name, str(arms[name].epochs), str(mine.epochs), f"{ratio:.2f}")] = None
+        if name in arms:
+            ratio = cost_ratio(mine, arms[name])
+            cost = "-" if ratio is None else f"{ratio:.2f}"
+            rows[(group.data, group.student, name, str(arms[name].epochs), str(mine.epochs), cost)] = None
     return rows
 
 
