@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from ultralytics import YOLO
 
 from benchmarks.common import save, show
@@ -23,19 +22,14 @@ from fgd_hooks.evaldata import read_data
 from fgd_hooks.evaldata.letterbox import load_letterboxed
 from fgd_hooks.evaluate import evaluate
 from fgd_hooks.integrations.ultralytics_teacher import load_teacher
-from fgd_hooks.study.train import rescaled
+from fgd_hooks.study.train import model_file
 
 
 def student(options: argparse.Namespace, teacher: Any, folder: Path) -> YOLO:
     """An untrained student for the teacher's classes."""
     from ultralytics.nn.tasks import DetectionModel
 
-    content = rescaled(options.student, options.scale) if options.scale else None
-    file = Path(options.student)
-    if content:
-        file = folder / "model.yaml"
-        file.write_text(yaml.safe_dump(content, sort_keys=False))
-    result = YOLO(str(file), task="detect")
+    result = YOLO(model_file({"model": options.student, "scale": options.scale}, folder), task="detect")
     torch.manual_seed(0)
     result.model = DetectionModel(result.model.yaml, nc=len(teacher.names), verbose=False)
     result.model.names = teacher.names

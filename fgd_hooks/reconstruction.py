@@ -31,7 +31,7 @@ from fgd_hooks.selection import BatchNorm, evenly_spaced, is_depthwise
 from fgd_hooks.tapnames import unwrap
 from fgd_hooks.taps import first_argument
 from fgd_hooks.teacher import check_apart, check_finite
-from fgd_hooks.transfer import Unit, units, write_tensors
+from fgd_hooks.transfer import Unit, all_tensors, units, write_tensors
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def fit_channels(student: nn.Module, teacher: nn.Module, images: Any) -> Reconst
     for name in [name for name in fits if name not in targets]:
         kept[name] = "the teacher's runs not once in a pass"
         del fits[name]
-    before = {name: value.clone() for name, value in [*student.named_parameters(), *student.named_buffers()]}
+    before = {name: value.clone() for name, value in all_tensors(student).items()}
     try:
         explained = _fit_all(student, images, fits, targets, layers)
     except ValueError:
@@ -184,14 +184,11 @@ def _fit_all(
 ) -> dict[str, float]:
     """Run the student once and fit each layer just before it runs, its normalisation just after."""
     explained: dict[str, float] = {}
-    normalised = {
-        name for name, unit in fits.items() if any(isinstance(each, BatchNorm) for each in unit.layers.values())
-    }
 
-    def before(name: str) -> Callable[..., None]:
+    def before(name: str, normalised: bool) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if name not in explained:
-                share = _fit(module, first_argument(args, kwargs), targets[name], name in normalised)
+                share = _fit(module, first_argument(args, kwargs), targets[name], normalised)
                 if share is not None:
                     explained[name] = share
 
@@ -206,10 +203,11 @@ def _fit_all(
 
     handles = []
     for name, unit in fits.items():
-        handles.append(unit.layers[name].register_forward_pre_hook(before(name), with_kwargs=True))
-        following = [(key, layer) for key, layer in unit.layers.items() if isinstance(layer, BatchNorm)]
-        for key, norm in following[:1]:
-            handles.append(unit.layers[name].register_forward_hook(after(name, norm, teacher[key])))
+        layer = unit.layers[name]
+        key = next((key for key, each in unit.layers.items() if isinstance(each, BatchNorm)), None)
+        handles.append(layer.register_forward_pre_hook(before(name, key is not None), with_kwargs=True))
+        if key is not None:
+            handles.append(layer.register_forward_hook(after(name, unit.layers[key], teacher[key])))
     _run(student, images, "student", handles)
     return explained
 

@@ -137,7 +137,7 @@ def inherit(
                 names, reason = unit.fit(layers, name, counterpart)
                 plan.update(names)
                 kept.update(dict.fromkeys(unit.tensors, reason) if reason else {})
-    given = _tensors(teacher)
+    given = all_tensors(teacher)
     write_tensors(student, {name: given[other] for name, other in plan.items()})
     counts = {name: parameter.numel() for name, parameter in student.named_parameters()}
     copied = sum(counts.get(name, 0) for name in plan)
@@ -268,7 +268,7 @@ def write_tensors(student: nn.Module, values: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: the student was made in inference mode.
     """
-    mine = _tensors(student)
+    mine = all_tensors(student)
     for name in values:
         if mine[name].is_inference():
             raise ValueError(f"The student's {name} was made in inference mode and cannot be changed; build it anew.")
@@ -277,5 +277,6 @@ def write_tensors(student: nn.Module, values: Mapping[str, Tensor]) -> None:
             mine[name].copy_(value)
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def all_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a model by name, shared ones under each of their names."""
     return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
