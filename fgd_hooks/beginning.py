@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from fgd_hooks.distributed import on_any_process
 from fgd_hooks.reconstruction import Reconstruction, fit_channels
 from fgd_hooks.selection import inherit_channels, is_untrained
 from fgd_hooks.tapnames import unwrap
@@ -36,11 +37,11 @@ def begin(
             on them; "neck", "head" or "neck+head".
         parts: the student's modules of each of these parts; None: found by a probe.
         teacher_parts: the teacher's.
-        images: gives what the layers are fitted to.
+        images: gives what the layers are fitted to; whatever it raises is a ValueError here.
 
     Raises:
-        TeacherError, TapError, ValueError: "fitted" without images; see :func:`fgd_hooks.inherit_channels`,
-            :func:`fgd_hooks.fit_channels` and :func:`fgd_hooks.inherit`.
+        TeacherError, TapError, ValueError: "fitted" without images, or where there are none to be had; see
+            :func:`fgd_hooks.inherit_channels`, :func:`fgd_hooks.fit_channels` and :func:`fgd_hooks.inherit`.
     """
     if not what or (what == "auto" and not is_untrained(unwrap(student))):
         return None
@@ -52,10 +53,24 @@ def begin(
         if what == "channels" or images is None or not result.copied:
             return result
         try:
-            fitted = fit_channels(student, teacher, images())
+            fitted = fit_channels(student, teacher, _called(images, student))
         except ValueError as error:
             if not automatic:
                 raise
             fitted = Reconstruction({}, {"all": str(error)})
         return dataclasses.replace(result, fitted=fitted)
     return inherit(student, teacher, parts or what, teacher_parts=teacher_parts)
+
+
+def _called(images: Callable[[], Any], student: nn.Module) -> Any:
+    """What the function gives; a ValueError on all processes where it fails on one, so that none waits for it."""
+    failure: Exception | None = None
+    found = None
+    try:
+        found = images()
+    except Exception as error:  # of a user's data set or trainer, whatever it is: a start may not end a training
+        failure = error
+    if on_any_process(failure is not None, next(student.parameters()).device):
+        reason = f"{type(failure).__name__}: {failure}" if failure else "on another process; see its log"
+        raise ValueError(f"There were no images to fit the student's layers to ({reason}).") from failure
+    return found

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fgd_hooks.distributed import is_distributed
+from fgd_hooks.distributed import is_distributed, on_any_process
 from fgd_hooks.fitted import MAX_CELLS, ridge_change, wide
 from fgd_hooks.probe import untouched
 from fgd_hooks.selection import BatchNorm, evenly_spaced, is_depthwise
@@ -32,6 +32,11 @@ from fgd_hooks.tapnames import unwrap
 from fgd_hooks.taps import first_argument
 from fgd_hooks.teacher import check_apart, check_finite
 from fgd_hooks.transfer import Unit, all_tensors, units, write_tensors
+
+MOST_NUMBERS = 2**24
+"""Of a map's numbers, how many are in float64 at a time."""
+CONSTANT = 1e-10
+"""A channel whose variance is at most this share of its squared mean is taken as constant: rounding explains it."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +89,11 @@ def fit_channels(student: nn.Module, teacher: nn.Module, images: Any) -> Reconst
     lets out what the teacher's lets out, and the weights before it stay as long as they were, channel by channel. Their
     length has no effect on what is computed, but an optimizer turns longer ones more slowly: a student whose weights
     grew in the fit ends worse (docs/inheriting.md). A bias makes the means equal. Takes one pass of each model and a
-    linear system per layer. Layers stay as they are that have no counterpart of equal kernel, that are frozen (YOLO's
-    fixed DFL convolution is) or grouped (but for depthwise ones), that run several times in a pass, or not at all.
+    linear system per layer; without a bias or a batch normalisation nothing is subtracted. Layers stay as they are that
+    have no counterpart of equal kernel, that are frozen (YOLO's fixed DFL convolution is) or grouped (but for depthwise
+    ones), that run several times in a pass, on pieces of images (proposals), or not at all; so do channels that are the
+    same in all cells, in the student or the teacher. With torch.distributed all processes must call this together: each
+    fits to its images, and all take the weights of the first.
 
     Args:
         student: after :func:`fgd_hooks.inherit_channels`, before its training; wrappers are looked through.
@@ -95,7 +103,8 @@ def fit_channels(student: nn.Module, teacher: nn.Module, images: Any) -> Reconst
 
     Raises:
         TeacherError: the teacher is the student, shares its weights or holds NaN.
-        ValueError: a model cannot be run on the images; the student is as it was.
+        ValueError: a model cannot be run on the images, or weights came out that are not finite, on any process; the
+            student is as it was.
     """
     student, teacher = unwrap(student), unwrap(teacher)
     check_apart(student, teacher)
@@ -110,17 +119,23 @@ def fit_channels(student: nn.Module, teacher: nn.Module, images: Any) -> Reconst
                 kept[name] = reason
             else:
                 fits[name] = unit
-    targets = _observe(teacher, images, {name: (layers[name], unit.layers[name]) for name, unit in fits.items()})
-    for name in [name for name in fits if name not in targets]:
-        kept[name] = "the teacher's runs not once in a pass"
-        del fits[name]
     before = {name: value.clone() for name, value in all_tensors(student).items()}
+    explained: dict[str, float] = {}
+    failure: ValueError | None = None
     try:
+        targets = _observe(teacher, images, {name: (layers[name], unit.layers[name]) for name, unit in fits.items()})
+        for name in [name for name in fits if name not in targets]:
+            kept[name] = "the teacher's runs not once in a pass, or on pieces of images"
+            del fits[name]
         explained = _fit_all(student, images, fits, targets, layers)
-    except ValueError:
+        _check_weights(fits)
+    except ValueError as error:
+        failure = error
+    if on_any_process(failure is not None, next(iter(before.values())).device if before else torch.device("cpu")):
         write_tensors(student, before)
-        raise
-    kept.update({name: "it does not run, or meets no finite features" for name in fits if name not in explained})
+        raise failure or ValueError("The student's layers could not be fitted on another process; see its log.")
+    unfit = "it does not run, or its features are constant or not finite"
+    kept.update({name: unfit for name in fits if name not in explained})
     if is_distributed():
         for tensor in [*student.parameters(), *student.buffers()]:
             torch.distributed.broadcast(tensor, 0)
@@ -154,19 +169,18 @@ def _observe(teacher: nn.Module, images: Any, pairs: Mapping[str, tuple[nn.Modul
     """The teacher's outputs, for those layers that run once; ``pairs``: name -> (the teacher's, the student's)."""
     targets: dict[str, _Target] = {}
     calls: Counter[str] = Counter()
+    count = _count(images)
 
     def record(name: str, mine: Any) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             calls[name] += 1
-            if calls[name] == 1 and output.dim() == 4:
+            if calls[name] == 1 and output.dim() == 4 and count in (None, output.shape[0]):
                 chosen = output.detach().index_select(
                     1, evenly_spaced(mine.out_channels, output.shape[1]).to(output.device)
                 )
                 cells = chosen.movedim(1, -1).flatten(0, -2)
                 rows = _rows(cells.shape[0]).to(cells.device)
-                statistic = wide(chosen)
-                variance, mean = torch.var_mean(statistic, dim=(0, 2, 3), correction=0)
-                targets[name] = _Target(cells[rows].cpu(), chosen.shape, mean, variance)
+                targets[name] = _Target(cells[rows].cpu(), chosen.shape, *_mean_and_variance(chosen))
 
         return hook
 
@@ -212,6 +226,38 @@ def _fit_all(
     return explained
 
 
+def _count(images: Any) -> int | None:
+    """How many images these are, None where that cannot be told."""
+    if isinstance(images, Tensor) and images.dim() == 4:
+        return images.shape[0]
+    if isinstance(images, (list, tuple)) and all(isinstance(each, Tensor) and each.dim() == 3 for each in images):
+        return len(images)
+    return None
+
+
+def _mean_and_variance(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """(C,) each, of (N, C, H, W) maps; some channels at a time, for maps in float64 may not fit in the memory."""
+    step = max(1, MOST_NUMBERS * maps.shape[1] // max(1, maps.numel()))
+    parts = [torch.var_mean(wide(part), dim=(0, 2, 3), correction=0) for part in maps.detach().split(step, dim=1)]
+    variances, means = zip(*parts, strict=True)
+    return torch.cat(means), torch.cat(variances)
+
+
+def _varies(mean: Tensor, variance: Tensor) -> Tensor:
+    """Which channels are not the same in all cells, but for rounding, and finite."""
+    return torch.isfinite(variance) & (variance > CONSTANT * mean.square())
+
+
+def _check_weights(fits: Mapping[str, Unit]) -> None:
+    """No NaN and no overflow (of half precision, say) may get into what is trained."""
+    for name, unit in fits.items():
+        for key, tensor in unit.tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(
+                    f"The fit of {name} gave values in {key} that are not finite; are those of the images?"
+                )
+
+
 def _run(model: nn.Module, images: Any, role: str, handles: list[Any]) -> None:
     """One pass in eval mode that leaves no trace but what the hooks do, which are removed."""
     try:
@@ -240,30 +286,38 @@ def _fit(layer: nn.Conv2d, features: Tensor, target: _Target, normalised: bool) 
     patches = wide(_patches(layer, features, size))  # (groups, rows, inputs of one output)
     cells = wide(target.cells).to(patches.device)
     outputs = cells.t().unsqueeze(-1) if layer.groups > 1 else cells.unsqueeze(0)
-    start = wide(layer.weight).flatten(1)
-    start = start.unsqueeze(-1) if layer.groups > 1 else start.t().unsqueeze(0)  # (groups, inputs, outputs)
+    given = wide(layer.weight).flatten(1)  # (outputs, inputs)
+    start = given.unsqueeze(-1) if layer.groups > 1 else given.t().unsqueeze(0)  # (groups, inputs, outputs of a group)
     inputs_mean, outputs_mean = patches.mean(1, keepdim=True), outputs.mean(1, keepdim=True)
     if not (torch.isfinite(inputs_mean).all() and torch.isfinite(outputs_mean).all()):
         return None
+    copied_mean = (inputs_mean @ start).flatten()
+    if not normalised and layer.bias is None:  # nothing could make up for a difference of the means
+        inputs_mean, outputs_mean = torch.zeros_like(inputs_mean), torch.zeros_like(outputs_mean)
     patches, outputs = patches - inputs_mean, outputs - outputs_mean
     copied = patches @ start  # sums of fewer terms than the teacher's: as good as they get by another scale
+    varies = _varies(target.mean.to(patches.device), target.variance.to(patches.device))
+    varies &= _varies(copied_mean, copied.var(1, correction=0).flatten())
+    varies &= outputs.var(1, correction=0).flatten() > 0
+    if not varies.any():
+        return None
     scale = (outputs * copied).sum(1) / copied.square().sum(1)
-    start = start * torch.where(scale > 0, scale, 0)[:, None]  # no scale of NaN: where a channel is 0 everywhere
+    start = start * torch.where(scale > 0, scale, 0)[:, None]
     rest = outputs - patches @ start
     count = patches.new_tensor(float(patches.shape[1]))
     change = ridge_change(patches.mT @ patches / count, patches.mT @ rest / count, count)
+    left = (rest - patches @ change).square().mean(1).flatten()[varies]
+    total = outputs.square().mean(1).flatten()[varies]
     weight = start + change
-    left = (rest - patches @ change).square().mean(1)
-    total = outputs.square().mean(1)
     flat = weight.squeeze(-1) if layer.groups > 1 else weight.squeeze(0).t()
     if normalised:
-        length, copied_length = flat.norm(dim=1, keepdim=True), wide(layer.weight).flatten(1).norm(dim=1, keepdim=True)
+        length, copied_length = flat.norm(dim=1, keepdim=True), given.norm(dim=1, keepdim=True)
         flat = flat * torch.where((length > 0) & (copied_length > 0), copied_length / length, 1)
-    layer.weight.copy_(flat.reshape(layer.weight.shape))
+    layer.weight.copy_(torch.where(varies[:, None], flat, given).reshape(layer.weight.shape))
     if layer.bias is not None:
-        layer.bias.copy_((outputs_mean - inputs_mean @ weight).flatten())
-    alive = total > 0
-    return float(1 - (left[alive] / total[alive]).mean()) if alive.any() else 1.0
+        bias = (outputs_mean - inputs_mean @ weight).flatten()
+        layer.bias.copy_(torch.where(varies, bias, wide(layer.bias)))
+    return float(1 - (left / total).mean())
 
 
 def _output_size(layer: nn.Conv2d, features: Tensor) -> tuple[int, int]:
@@ -289,7 +343,9 @@ def _patches(layer: nn.Conv2d, features: Tensor, size: torch.Size) -> Tensor:
         (1, rows, C * kernel cells), in the order of the weights; of a depthwise one (C, rows, kernel cells).
     """
     vertical, horizontal = _pads(layer)
-    padded = nn.functional.pad(features.detach(), (horizontal, horizontal, vertical, vertical))
+    padded = features.detach()
+    if vertical or horizontal:
+        padded = nn.functional.pad(padded, (horizontal, horizontal, vertical, vertical))
     rows = _rows(size[0] * size[2] * size[3]).to(features.device)
     image = rows // (size[2] * size[3])
     top = rows // size[3] % size[2] * layer.stride[0]
@@ -309,10 +365,16 @@ def _normalise(norm: Any, other: Any, output: Tensor, target: _Target) -> None:
     """Set a batch normalisation so that its outputs have the mean and deviation of the teacher's on these images."""
     if norm.running_mean is None or other.running_mean is None or norm.weight is None or other.weight is None:
         return
-    variance, mean = torch.var_mean(wide(output), dim=(0, 2, 3), correction=0)
-    chosen = evenly_spaced(norm.num_features, other.num_features).to(target.mean.device)
+    mean, variance = _mean_and_variance(output)
+    varies = _varies(mean, variance) & _varies(target.mean, target.variance)
+    chosen = evenly_spaced(norm.num_features, other.num_features).to(mean.device)
     gain = wide(other.weight)[chosen] / (wide(other.running_var)[chosen] + other.eps).sqrt()
-    norm.running_mean.copy_(mean)
-    norm.running_var.copy_(variance)
-    norm.weight.copy_(gain * (target.variance + norm.eps).sqrt())
-    norm.bias.copy_(wide(other.bias)[chosen] + gain * (target.mean - wide(other.running_mean)[chosen]))
+    values = {
+        "running_mean": mean,
+        "running_var": variance,
+        "weight": gain * (target.variance + norm.eps).sqrt(),
+        "bias": wide(other.bias)[chosen] + gain * (target.mean - wide(other.running_mean)[chosen]),
+    }
+    for key, value in values.items():
+        tensor = getattr(norm, key)
+        tensor.copy_(torch.where(varies, value, wide(tensor)))

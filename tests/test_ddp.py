@@ -153,3 +153,49 @@ def test_synchronised_batch_normalisation_is_converted_before():
         student(images)
         with pytest.raises(TapError, match="did not fire"):
             distiller(images, boxes)
+
+
+def fit(rank, folder):
+    """Fit with a failure of the second process, in the models and in the images, and once without any."""
+    import torch.distributed as dist
+
+    from fgd_hooks.beginning import begin
+    from tests.test_reconstruction import some_images
+    from tests.test_selection import net
+    from tests.tiny import trained
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    found = {}
+    for failing in ("teacher", "images", "nothing"):
+        teacher, student = trained(net(4, seed=1)).eval(), net(2)
+        if failing == "teacher" and rank == 1:
+            teacher.mix[0].register_forward_pre_hook(lambda module, args: 1 / 0)
+
+        def images(broken=failing == "images" and rank == 1):
+            return 1 / 0 if broken else some_images(seed=rank)
+
+        result = begin(student, teacher, "auto", images=images)
+        found[failing] = {"words": result.summary, "weights": dict(student.state_dict())}
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_where_one_process_cannot_fit_none_does_and_none_waits(tmp_path):
+    from fgd_hooks import inherit_channels
+    from tests.test_selection import net
+    from tests.tiny import trained
+
+    mp.spawn(fit, args=(str(tmp_path),), nprocs=2)
+    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    copied = net(2)
+    inherit_channels(copied, trained(net(4, seed=1)).eval())
+    for failing in ("teacher", "images"):
+        assert "another process" in one[failing]["words"]
+        assert "division by zero" in other[failing]["words"]
+        for name, value in copied.state_dict().items():
+            assert torch.equal(one[failing]["weights"][name], value), (failing, name)
+            assert torch.equal(other[failing]["weights"][name], value), (failing, name)
+    assert not torch.equal(one["nothing"]["weights"]["mix.0.weight"], copied.state_dict()["mix.0.weight"])
+    for name, value in one["nothing"]["weights"].items():
+        assert torch.equal(other["nothing"]["weights"][name], value), name

@@ -55,10 +55,10 @@ def outputs(model: nn.Module, name: str, images: Tensor) -> Tensor:
     return seen[0]
 
 
-def reference(layer: nn.Conv2d, start: Tensor, x: Tensor, t: Tensor) -> Tensor:
+def reference(layer: nn.Conv2d, start: Tensor, x: Tensor, t: Tensor, centred: bool = True) -> Tensor:
     """Weights that minimise sum |t - W x|² + r |W - W0|² over all cells, x and t less their means; channel by channel.
 
-    W0 is the start times the number that makes |t - W0 x|² least.
+    W0 is the start times the number that makes |t - W0 x|² least. Not ``centred``: x and t with their means.
     """
     columns = nn.functional.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
     columns = columns.transpose(1, 2).flatten(0, 1).double()  # (cells, inputs * kernel)
@@ -68,11 +68,11 @@ def reference(layer: nn.Conv2d, start: Tensor, x: Tensor, t: Tensor) -> Tensor:
         inputs = columns
         if layer.groups > 1:
             inputs = columns.unflatten(1, (layer.groups, -1))[:, channel]
-        inputs = inputs - inputs.mean(0)
+        inputs = inputs - inputs.mean(0) * centred
         width = inputs.shape[1]
-        ridge = len(inputs) * inputs.var(0, correction=0).mean() * max(RIDGE, width / len(inputs))
+        ridge = len(inputs) * inputs.square().mean() * max(RIDGE, width / len(inputs))
         first = start[channel].flatten().double()
-        aim = wanted[:, channel] - wanted[:, channel].mean()
+        aim = wanted[:, channel] - wanted[:, channel].mean() * centred
         first = first * torch.linalg.lstsq((inputs @ first)[:, None], aim[:, None]).solution.clamp(min=0).flatten()
         # least squares with the prior as further rows
         system = torch.cat([inputs, ridge.sqrt() * torch.eye(width)])
@@ -279,10 +279,109 @@ def test_features_that_are_not_finite_change_nothing():
     assert "finite" in result.kept["left.0"]
 
 
-def test_images_without_any_structure_do_no_harm():
+def test_channels_that_are_the_same_everywhere_keep_the_copy():
     student, teacher = pair()
-    fit_channels(student, teacher, torch.zeros(1, 3, 4, 4))
+    before = copy.deepcopy(student.state_dict())
+    result = fit_channels(student, teacher, torch.zeros(1, 3, 4, 4))
+    for name in ("left.0", "right.0"):  # they meet nothing but zeros
+        assert torch.equal(student.state_dict()[f"{name}.weight"], before[f"{name}.weight"])
+        assert "constant" in result.kept[name]
     assert all(value.isfinite().all() for value in student.state_dict().values())
+
+
+def test_a_channel_that_is_dead_on_these_images_keeps_the_copy():
+    def build(width):
+        depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
+        first = nn.Conv2d(3, width, 1), nn.Conv2d(width, width, 1), nn.BatchNorm2d(width), nn.ReLU()
+        return nn.Sequential(*first, depthwise, nn.BatchNorm2d(width))
+
+    torch.manual_seed(0)
+    teacher, student = trained(build(8)).eval(), build(4)
+    with torch.no_grad():
+        teacher[2].bias[2] = -50.0
+    inherit_channels(student, teacher)
+    before = copy.deepcopy(student.state_dict())
+    result = fit_channels(student, teacher, some_images(8))
+    dead, *living = 1, 0, 2, 3
+    for key in ("4.weight", "5.weight", "5.bias", "5.running_mean", "5.running_var"):
+        assert torch.equal(student.state_dict()[key][dead], before[key][dead]), key
+        assert not torch.allclose(student.state_dict()[key][living], before[key][living]), key
+    aim, mine = outputs(teacher, "4", some_images(8))[:, ::2], outputs(student, "4", some_images(8))
+    scale = (before["4.weight"].flatten(1).norm(dim=1) > 0).sum()
+    assert scale == 4, "the copy's weights are not 0"
+    assert aim[:, dead].std() == mine[:, dead].std() == 0
+    assert 0 < result.explained["4"] <= 1, "of the living channels alone"
+
+
+def test_one_cell_that_is_not_finite_harms_nothing(monkeypatch):
+    monkeypatch.setattr(reconstruction, "MAX_CELLS", 50)
+    student, teacher = pair()
+    images = some_images(4, 12)
+    compared = set(reconstruction._rows(4 * 12 * 12).tolist())
+    image, cell = divmod(next(row for row in range(4 * 12 * 12) if row not in compared), 12 * 12)
+    images[image, :, cell // 12, cell % 12] = torch.nan
+    fit_channels(student, teacher, images)
+    assert all(value.isfinite().all() for value in student.state_dict().values())
+
+
+def test_weights_that_overflow_are_an_error_and_nothing_is_changed(monkeypatch):
+    student, teacher = pair()
+    before = copy.deepcopy(student.state_dict())
+    monkeypatch.setattr(reconstruction, "ridge_change", lambda gram, product, rows: product * torch.inf)
+    with pytest.raises(ValueError, match=r"fit of .* gave values in .* not finite"):
+        fit_channels(student, teacher, some_images())
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_without_a_bias_or_statistics_of_its_own_a_layer_is_fitted_with_its_means(shape):
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 5, bias=False, **SHAPES[shape]))
+    teacher = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 5, bias=False, **SHAPES[shape]))
+    inherit_channels(student, teacher)
+    start = student[2].weight.clone()
+    images = some_images()
+    result = fit_channels(student, teacher, images)
+    aim = outputs(teacher, "2", images)
+    expected = reference(student[2], start, outputs(student, "1", images), aim, centred=False)
+    assert torch.allclose(student[2].weight.double(), expected, rtol=1e-3, atol=1e-5)
+    left = (aim - outputs(student, "2", images)).square().mean((0, 2, 3)) / aim.square().mean((0, 2, 3))
+    assert result.explained["2"] == pytest.approx(1 - left.mean().item(), abs=1e-4)
+
+
+def test_large_maps_are_summed_up_in_parts(monkeypatch):
+    student, teacher = pair()
+    other = copy.deepcopy(student)
+    fit_channels(student, teacher, some_images(8))
+    monkeypatch.setattr(reconstruction, "MOST_NUMBERS", 1)
+    fit_channels(other, teacher, some_images(8))
+    for name, value in student.state_dict().items():
+        assert torch.allclose(other.state_dict()[name], value, atol=1e-6), name
+
+
+class Crops(nn.Module):
+    """A head on pieces of each image, which are others in another model: proposals."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, width, 1), nn.BatchNorm2d(width))
+        self.head = nn.Conv2d(width, 2, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.backbone(torch.stack(images) if isinstance(images, list) else images)
+        return self.head(torch.cat([features[..., :2, :2], features[..., 2:4, 2:4]]))
+
+
+def test_layers_that_run_on_pieces_of_images_stay():
+    torch.manual_seed(0)
+    for images in (some_images(), list(some_images())):
+        student, teacher = Crops(4), Crops(8)
+        inherit_channels(student, teacher)
+        before = student.head.weight.clone()
+        result = fit_channels(student, teacher, images)
+        assert set(result.explained) == {"backbone.0"}
+        assert torch.equal(student.head.weight, before)
+        assert "pieces of images" in result.kept["head"]
 
 
 def test_wrong_arguments():
@@ -328,6 +427,14 @@ def test_by_the_setting():
         assert words in result.summary
     with pytest.raises(ValueError, match="cannot be run on the images"):
         begin(net(2), teacher, "fitted", images=lambda: "no images")
+    for broken in (lambda: next(iter([])), lambda: {}["img"]):
+        automatic = net(2)
+        result = begin(automatic, teacher, "auto", images=broken)
+        assert result is not None
+        assert "no images to fit" in result.summary
+        assert torch.equal(automatic.mix[0].weight, copied.mix[0].weight), "the copy alone"
+    with pytest.raises(ValueError, match=r"no images to fit the student's layers to \(KeyError: 'img'\)"):
+        begin(net(2), teacher, "fitted", images=lambda: {}["img"])
     other = begin(TinyDetector(), nn.Sequential(nn.Linear(2, 2)), "fitted", images=some_images)
     assert other is not None, "nothing was inherited, so that there is nothing to fit"
     assert other.fitted is None

@@ -106,9 +106,10 @@ class Training:
 
         def first_batch() -> list[Tensor]:
             state = RandomState.now()
-            images = [image.to(self.device) for image in next(iter(self.loader))[0]]
-            state.restore()
-            return images
+            try:
+                return [image.to(self.device) for image in next(iter(self.loader))[0]]
+            finally:
+                state.restore()
 
         return begin(self.model, teacher, config.inherit, images=first_batch)
 

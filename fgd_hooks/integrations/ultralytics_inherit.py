@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -72,7 +74,8 @@ def inherit_into(trainer: Any, teacher: nn.Module, what: str | None) -> tuple[st
         teacher.to(trainer.device)  # where it is to teach, too
         return some_images(trainer)
 
-    result = begin(student, teacher, what, parts[0], parts[1], images)
+    with _lent_texts(student, teacher):
+        result = begin(student, teacher, what, parts[0], parts[1], images)
     if result is None:
         return "", True
     if trainer.ema:
@@ -80,28 +83,50 @@ def inherit_into(trainer: Any, teacher: nn.Module, what: str | None) -> tuple[st
         with torch.no_grad():
             for name, value in values.items():
                 averaged[name].copy_(value)
-    return f"inherit={what}: {result.summary}.", automatic or bool(result.copied)
+    unfitted = result.fitted is not None and not result.fitted.explained
+    return f"inherit={what}: {result.summary}.", (automatic or bool(result.copied)) and not unfitted
 
 
 def some_images(trainer: Any) -> Tensor:
     """Images of the training set as the training shows them: (N, C, H, W) in [0, 1], the same in each call.
 
-    They come from a data set of their own, so that neither the training's random state nor its mosaic buffer moves.
+    They come from a data set of their own, so that neither the training's random state nor its mosaic buffer moves; a
+    mosaic is made of these images alone. At most :data:`MOST_PIXELS` in all, or one batch of one process.
     """
     args, state = trainer.args, RandomState.now()
     random.seed(args.seed)
     np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
+    torch.default_generator.manual_seed(args.seed)  # not those of GPUs, which nothing here draws from
     trainer.args = copy.copy(args)
     trainer.args.cache = trainer.args.rect = False
+    trainer.args.multi_scale = 0.0
     try:
         data = trainer.build_dataset(trainer.data["train"], mode="train", batch=trainer.batch_size)
-        count = min(MOST_IMAGES, max(trainer.batch_size, MOST_PIXELS // args.imgsz**2))
-        images = [data[number * len(data) // count]["img"] for number in range(count)]
+        batch = trainer.batch_size // max(1, trainer.world_size)
+        count = min(MOST_IMAGES, max(batch, MOST_PIXELS // args.imgsz**2))
+        samples = [data[number * len(data) // count] for number in range(count)]
+        try:  # the class's own method: whoever watches the batches of this trainer counts those of the training
+            found: Tensor = type(trainer).preprocess_batch(trainer, data.collate_fn(samples))["img"]
+            return found
+        except Exception:  # a trainer whose batches need more than the data set gives, such as YOLO-World's texts
+            return torch.stack([sample["img"] for sample in samples]).to(trainer.device).float() / 255
     finally:
         trainer.args = args
         state.restore()
-    return torch.stack(images).to(trainer.device).float() / 255
+
+
+@contextlib.contextmanager
+def _lent_texts(student: Any, teacher: Any) -> Iterator[None]:
+    """Inside, a YOLO-World student has its teacher's texts instead of the random ones of an untrained model."""
+    own, lent = getattr(student, "txt_feats", None), getattr(teacher, "txt_feats", None)
+    if own is None or lent is None:
+        yield
+        return
+    student.txt_feats = lent
+    try:
+        yield
+    finally:
+        student.txt_feats = own
 
 
 def _strides(model: nn.Module) -> list[int] | None:

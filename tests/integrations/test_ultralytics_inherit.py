@@ -7,6 +7,7 @@ import torch
 pytest.importorskip("ultralytics")
 
 from fgd_hooks import ConfigError, FGDCallback, fit_channels
+from fgd_hooks.integrations import ultralytics_inherit
 from fgd_hooks.integrations.ultralytics_inherit import inherit_into, some_images, yolo_parts
 from fgd_hooks.integrations.ultralytics_teacher import load_teacher
 from fgd_hooks.quickstart.train import BatchChecksum
@@ -194,6 +195,59 @@ def test_a_student_that_is_fitted_to_its_teacher_and_then_trains_on_the_same_bat
 
     train(name="stock", hooks=[("on_pretrain_routine_end", checksums[1].attach)], **augmented)
     assert checksums[0].value == checksums[1].value != 0
+
+
+def test_the_images_are_what_the_trainer_makes_of_them_and_no_generator_of_a_gpu_is_touched(
+    train, teacher_file, monkeypatch
+):
+    seen = {}
+
+    def look(trainer):
+        def refuse(*args):
+            raise AssertionError("the training's GPU generators were seeded with the rank")
+
+        monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
+        plain = some_images(trainer)
+        kind, own = type(trainer), type(trainer).preprocess_batch
+        monkeypatch.setattr(kind, "preprocess_batch", lambda self, batch: {"img": own(self, batch)["img"] * 2})
+        assert torch.equal(some_images(trainer), plain * 2)
+        monkeypatch.setattr(kind, "preprocess_batch", lambda self, batch: batch["texts"])
+        assert torch.equal(some_images(trainer), plain), "its batches hold what these do not"
+        monkeypatch.undo()
+        monkeypatch.setattr(ultralytics_inherit, "MOST_PIXELS", 2**12)
+        for trainer.batch_size, trainer.world_size, images in ((8, 0, 8), (8, 1, 8), (8, 4, 2)):
+            assert len(some_images(trainer)) == images, "a batch of one process"
+        trainer.args.multi_scale = 0.5
+        assert some_images(trainer).shape[2:] == plain.shape[2:]
+        seen["looked"] = True
+        raise Stop
+
+    with pytest.raises(Stop):
+        train(FGDCallback(teacher_file), hooks=[("on_train_start", look)])
+    assert seen["looked"]
+
+
+def test_where_nothing_could_be_fitted_the_log_warns(train, teacher_file, monkeypatch, log):
+    def fail(trainer):
+        raise RuntimeError("no such image")
+
+    monkeypatch.setattr(ultralytics_inherit, "some_images", fail)
+    train(FGDCallback(teacher_file))
+    (record,) = [record for record in log.records if "inherit=" in record.getMessage()]
+    assert record.levelno == logging.WARNING
+    assert "no convolution was fitted; There were no images" in record.getMessage()
+    assert "no such image" in record.getMessage()
+
+
+def test_a_student_that_reads_texts_is_fitted_with_those_of_its_teacher():
+    student, teacher = TinyDetector(), TinyDetector()
+    student.txt_feats, teacher.txt_feats = own, given = torch.zeros(1, 2, 4), torch.ones(1, 3, 4)
+    with pytest.raises(Stop), ultralytics_inherit._lent_texts(student, teacher):
+        assert student.txt_feats is given
+        raise Stop
+    assert student.txt_feats is own
+    with ultralytics_inherit._lent_texts(TinyDetector(), teacher) as nothing:
+        assert nothing is None
 
 
 def test_auto_leaves_a_student_alone_that_is_built_otherwise(tmp_path):
