@@ -13,10 +13,15 @@ distillation alone. Both come from the loop's own backward pass: no second pass,
 multiplies both alike. The price is one step in ``interval`` in which the student learns from the task alone.
 
 At the beginning adapters learn fast and the scale has to follow, so there are more measurements (``EARLY_STEPS``).
+
+One image can outweigh all others: the features of a teacher that was not trained for long can be twenty times as large
+on some images as on the rest, and the loss is quadratic. A scale that was measured on such a batch means nothing for
+the next. So what an image adds to the gradient is limited by what the median image of the batch adds (``image_limit``).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -120,6 +125,19 @@ class Balance:
             self._pending.append(record)
             leaves.append(leaf)
         return leaves
+
+    def limited(self, feature: Tensor) -> Tensor:
+        """The same feature (N, C, H, W), with ``image_limit`` on the gradient that comes back through it.
+
+        Args:
+            feature: what enters the loss: the student's feature, behind its adapter.
+        """
+        limit = self.config.image_limit
+        if not self.measures or limit is None or not feature.requires_grad:
+            return feature
+        feature = feature.view_as(feature)  # where there is no adapter, the task's gradient comes through the feature
+        feature.register_hook(functools.partial(limit_images, limit=limit))
+        return feature
 
     @property
     def unmeasured(self) -> list[int]:
@@ -238,6 +256,24 @@ class Balance:
         self.scales = self.scales.clamp(self.config.min_scale, self.config.max_scale)
         self._steps = steps
         self.forget()
+
+
+def limit_images(gradient: Tensor, limit: float) -> Tensor:
+    """A gradient in which no image has a norm of more than ``limit`` times the median image's.
+
+    Args:
+        gradient: (N, C, H, W). Of an even number of images the lower of the two middle norms is the median.
+        limit: 1 or more.
+
+    Returns:
+        (N, C, H, W); images that are not finite, and all where the median is 0, are as they were.
+    """
+    wide = torch.promote_types(gradient.dtype, torch.float32)  # the squares of float16 overflow
+    norms = torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=wide)
+    median = norms.median()
+    factors = (limit * median / norms).clamp(max=1)
+    factors = torch.where(torch.isfinite(factors) & (factors > 0), factors, 1)
+    return gradient * factors.to(gradient.dtype)[:, None, None, None]
 
 
 def _norm_recorder(record: dict[str, Tensor], key: str) -> Any:

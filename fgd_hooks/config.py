@@ -92,6 +92,8 @@ class BalanceConfig(Section):
         min_scale: lower bound of the scale.
         max_scale: upper bound of the scale.
         max_change: largest factor by which one measurement may raise the scale.
+        image_limit: at each level, what an image adds to the distillation's gradient is at most so many times what the
+            median image of the batch adds; null: no limit, as in mode "fixed".
     """
 
     prefix = "balance."
@@ -104,6 +106,7 @@ class BalanceConfig(Section):
     min_scale: float = 1e-8
     max_scale: float = 1e8
     max_change: float = 2.0
+    image_limit: float | None = 2.0
 
     def _check(self) -> None:
         one_of("balance.mode", self.mode, ("gradient", "fixed"))
@@ -119,6 +122,8 @@ class BalanceConfig(Section):
             f"at most balance.max_scale ({self.max_scale})",
         )
         require(self.max_change > 1, "balance.max_change", self.max_change, "a factor above 1")
+        if self.image_limit is not None:
+            require(self.image_limit >= 1, "balance.image_limit", self.image_limit, "1 or more, or null")
 
 
 @dataclass

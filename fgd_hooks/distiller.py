@@ -395,7 +395,7 @@ class Distiller(nn.Module):
     def _level(
         self, pair: Lesson, student: Tensor, teacher: Tensor, boxes: PackedBoxes, scores: Tensor | None = None
     ) -> LossResult:
-        adapted = self.adapt(pair, student, teacher.shape[2:])
+        adapted = self.balance.limited(self.adapt(pair, student, teacher.shape[2:]))
         more = {} if scores is None else {"scores": scores}
         result: LossResult = self.losses[pair.name](adapted, teacher, boxes, **more)
         return result

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from fgd_hooks.balance import Balance
+from fgd_hooks.balance import Balance, limit_images
 from fgd_hooks.config import BalanceConfig
 
 
@@ -153,3 +153,47 @@ def test_state_goes_on_where_it_was():
     assert [twin.next_step() for _ in range(9)] == [balance.next_step() for _ in range(9)]
     with pytest.raises(ValueError, match="2 levels.* 3"):
         Balance(BalanceConfig(), 3).load_state_dict(balance.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_no_image_weighs_more_than_so_many_times_the_median_one(dtype):
+    torch.manual_seed(0)
+    gradient = torch.randn(5, 3, 4, 4)
+    gradient /= gradient.flatten(1).norm(dim=1)[:, None, None, None]
+    norms = torch.tensor([1.0, 3.0, 2.0, 500.0, 7.0])
+    gradient = (gradient * norms[:, None, None, None]).to(dtype)
+    limited = limit_images(gradient, 2.0)
+    assert limited.dtype == dtype
+    assert limited.flatten(1).double().norm(dim=1).tolist() == pytest.approx([1, 3, 2, 6, 6], rel=1e-3)
+    assert torch.equal(limited[:3], gradient[:3]), "the others to the last bit"
+    cosine = torch.nn.functional.cosine_similarity(limited.flatten(1).double(), gradient.flatten(1).double())
+    assert cosine.tolist() == pytest.approx([1.0] * 5, abs=1e-5)
+    one = gradient[3:4]
+    assert torch.equal(limit_images(one, 2.0), one), "alone it is the median"
+
+
+def test_images_without_a_gradient_or_with_one_that_is_not_finite_limit_nothing():
+    gradient = torch.zeros(3, 1, 2, 2)
+    gradient[1] = 5.0
+    assert torch.equal(limit_images(gradient, 2.0), gradient), "the median is 0"
+    gradient = torch.tensor([1.0, math.inf, 3.0, math.nan]).view(4, 1, 1, 1)
+    limited = limit_images(gradient, 2.0).flatten()
+    assert limited[0] == 1
+    assert not torch.isfinite(limited[[1, 3]]).any(), "a loss scaler has to find them"
+
+
+def test_the_limit_is_on_what_comes_back_through_the_loss_alone():
+    feature = torch.ones(3, 1, 2, 2, requires_grad=True)
+    weights = torch.tensor([1.0, 1.0, 100.0]).view(3, 1, 1, 1)
+    for settings, most in (
+        ({}, 2.0),
+        ({"image_limit": 3.0}, 3.0),
+        ({"image_limit": None}, 100.0),
+        ({"mode": "fixed"}, 100.0),
+    ):
+        balance = Balance(BalanceConfig(**settings), 1)
+        ((feature * 7).sum() + (balance.limited(feature) * weights).sum()).backward()
+        assert feature.grad[:, 0, 0, 0].tolist() == pytest.approx([8.0, 8.0, 7.0 + most]), settings
+        feature.grad = None
+    plain = torch.zeros(1, 1, 1, 1)
+    assert balance.limited(plain) is plain

@@ -76,6 +76,8 @@ def test_mistakes_in_overrides():
 def test_mistakes_in_python_fail_at_once_too():
     with pytest.raises(ConfigError, match=r"balance\.momentum"):
         BalanceConfig(momentum=1.0)
+    with pytest.raises(ConfigError, match=r"balance\.image_limit.*1 or more, or null"):
+        BalanceConfig(image_limit=0.5)
     with pytest.raises(ConfigError, match=r"schedule\.kind"):
         ScheduleConfig(kind="cosin")
     with pytest.raises(TypeError):

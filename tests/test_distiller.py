@@ -134,6 +134,27 @@ def test_balance_reaches_the_target_ratio_at_the_feature(models):
     assert distiller.balance.ratios[2].item() == pytest.approx(0.5, rel=1e-3)
 
 
+def test_an_image_on_which_the_teacher_runs_wild_does_not_outweigh_the_others():
+    torch.manual_seed(0)
+    student, teacher = (trained(TinyDetector((8, 12, 16)), seed=seed) for seed in (0, 1))
+    teacher.neck.register_forward_hook(lambda module, args, out: [torch.cat([each[:1] * 30, each[1:]]) for each in out])
+    images, boxes = batch(count=5)
+    norms = {}
+    for limit in (None, 2.0):
+        with Distiller(student, teacher, {"balance": {"image_limit": limit}}) as distiller:
+            for _ in range(3):  # two steps measure, the third distils
+                loss = task_loss(student, images)
+                features = list(distiller.taps._features.values())
+                result = distiller(images, boxes)
+                (loss + result.loss).backward(retain_graph=True)
+            assert not result.measured
+        # at P5, which feeds no other level
+        norms[limit] = torch.autograd.grad(result.loss, features[2])[0].flatten(1).norm(dim=1)
+    assert norms[None].argmax() == norms[2.0].argmax() == 0
+    assert norms[None][0] > 5 * norms[None].median()
+    assert norms[2.0][0] == pytest.approx(2 * norms[2.0].median().item(), rel=1e-4)
+
+
 def test_measured_task_norm_is_the_pure_task_gradient(models):
     student, teacher = models
     distiller = Distiller(student, teacher, {"balance": {"ratio": 1.0}})
