@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fgd_hooks.reporting import markdown_table, spread
+from fgd_hooks.runfolder import flat
 from fgd_hooks.study.spec import StudyError
 from fgd_hooks.study.tables import SUBJECT, Arm, Group, cost_ratio, group_records, interval_text, read_records
 
@@ -14,8 +15,9 @@ RIVALS = {
     "alone": "the student alone",
     "alone_same_compute": "alone, same compute",
     "builtin": "the built-in distillation",
-    "start": "the start alone",
-    "start_same_compute": "the start alone, same compute",
+    "start": "the copied start alone",
+    "start_same_compute": "the copied start alone, same compute",
+    "fitted_start": "the fitted start alone",
 }
 """Arms that the default is compared with, by name; a study that lacks one leaves the cell empty."""
 
@@ -25,7 +27,8 @@ INTRODUCTION = (
     "mAP50-95 by pycocotools of the last weights, per cent: mean ± standard deviation over the seeds. Less ...: "
     f"the mean of what `{SUBJECT}` has more with the same seed, and its 95 % t-interval. Gap: the difference to the "
     "student alone as a share of what the teacher is above it. CPU: seconds of the training as a multiple of those "
-    "of the student alone, on one kind of processor. The start alone is `inherit=channels` without a teacher."
+    "of the student alone, on one kind of processor. The start alone is without a teacher in the training, "
+    "copied with `inherit=channels`, fitted with `inherit=fitted`."
 )
 
 
@@ -111,7 +114,8 @@ def _gain_row(group: Group, subject: Arm, split: str) -> tuple[str, ...]:
 def _settings(subject: Arm) -> str:
     """How the arm's distillation was set where it was not left to the defaults: an earlier default, say."""
     fgd = json.loads(subject.runs[0].settings or "[null, null]")[1] or {}
-    return ", ".join(f"`{key}={value}`" for key, value in fgd.items()) or "defaults"
+    shown = [f"`{key}={'null' if value is None else value}`" for key, value in flat(fgd, prefix="").items()]
+    return ", ".join(shown) or "defaults"
 
 
 def _difference_row(group: Group, arms: dict[str, Arm], split: str) -> tuple[str, ...]:

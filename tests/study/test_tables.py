@@ -205,14 +205,15 @@ def test_the_overview_by_hand(tmp_path):
         write(tmp_path / "one", "fgd", seed, fgd, cpu=15)
     write(tmp_path / "one", "teacher", 0, 0.48)
     write(tmp_path / "two", "alone", 0, 0.10, test=0.11)
-    write(tmp_path / "two", "fgd", 0, 0.20, test=0.22)
+    earlier = {"inherit": "channels", "balance": {"image_limit": None}}
+    write(tmp_path / "two", "fgd", 0, 0.20, test=0.22, settings={}, fgd=earlier)
     write(tmp_path / "without", "alone", 0, 0.10)
     text = write_overview([tmp_path / name for name in ("one", "two", "without")], tmp_path / "overview.md")
     assert (tmp_path / "overview.md").read_text() == text
     assert "| d | n | val | 3 | 42.0 ± 2.0 | 46.0 ± 1.0 | 48.0 | 67 % | 1.50 | defaults |" in text
     # the differences are 5, 4, 3 and 4, 6, 5 points: standard deviation 1, so 4.302653 / sqrt(3) on either side
-    assert "| d | n | val | +4.0 (+1.5 .. +6.5) | +5.0 (+2.5 .. +7.5) | - | - | - |" in text
-    assert "| d | n | test | 1 | 11.0 | 22.0 | - | - | 1.00 | defaults |" in text
+    assert "| d | n | val | +4.0 (+1.5 .. +6.5) | +5.0 (+2.5 .. +7.5) | - | - | - | - |" in text
+    assert "| d | n | test | 1 | 11.0 | 22.0 | - | - | 1.00 | `balance.image_limit=null`, `inherit=channels` |" in text
     assert "| d | n | alone_same_compute | 5 | 5 | 1.50 |" in text  # fgd took 15 seconds, the arm 10
     assert text.count("| d | n |") == 7
 
