@@ -270,9 +270,8 @@ def limit_images(gradient: Tensor, limit: float) -> Tensor:
     """
     wide = torch.promote_types(gradient.dtype, torch.float32)  # the squares of float16 overflow
     norms = torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=wide)
-    median = norms.median()
-    factors = (limit * median / norms).clamp(max=1)
-    factors = torch.where(torch.isfinite(factors) & (factors > 0), factors, 1)
+    factors = (limit * norms.median() / norms).clamp(max=1)
+    factors = torch.where(factors > 0, factors, 1.0)  # not so for NaN
     return gradient * factors.to(gradient.dtype)[:, None, None, None]
 
 
