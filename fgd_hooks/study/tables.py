@@ -16,6 +16,8 @@ from fgd_hooks.study.spec import TAKEN, StudyError
 from fgd_hooks.study.statistics import Interval, mean_interval
 
 MAX_CLASSES = 12
+LEAST_GAP = 1.0
+"""Points that a teacher must be better for a share of them to be stated: of less, any gain is many times as much."""
 SUBJECT = "fgd"
 """The arm that is also compared with every other one, unless ``study.json`` names another as ``subject``."""
 
@@ -105,13 +107,13 @@ class Group:
         return mean_interval(differences) if differences else None
 
     def closed(self, arm: Arm, split: str) -> float | None:
-        """The gain as a share of what the teacher is above the baseline; None where that is nothing."""
+        """The gain as a share of what the teacher is above the baseline; None where that is less than a point."""
         gain, teacher = self.gain(arm, split), self.teacher.value(split) if self.teacher else None
         if gain is None or teacher is None or self.baseline is None:
             return None
         base = self.baseline.values(split)
         gap = teacher - statistics.fmean(base[seed] for seed in arm.values(split) if seed in base)
-        return gain.mean / gap if gap > 0 else None
+        return gain.mean / gap if gap >= LEAST_GAP else None
 
     def cost(self, arm: Arm) -> float | None:
         """CPU seconds as a multiple of the baseline's, the mean over common seeds on like devices."""

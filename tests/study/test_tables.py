@@ -44,6 +44,11 @@ def test_gain_gap_and_cost_by_hand(tmp_path):
     assert gain.half == pytest.approx(4.302653 * math.sqrt(7 / 3), rel=1e-6)
     assert group.closed(arms["fgd"], "val") == pytest.approx(3.0 / 10.0)  # the teacher is 10 above the mean of 42
     assert group.cost(arms["fgd"]) == pytest.approx(2.1)
+    write(tmp_path, "teacher", 0, 0.425)
+    group, arms = only_group(tmp_path)
+    assert group.closed(arms["fgd"], "val") is None, "half a point is no gap"
+    write(tmp_path, "teacher", 0, 0.52)
+    group, arms = only_group(tmp_path)
     assert group.gain(arms["alone"], "val") is None
     text = markdown({}, [group], "x")
     assert "| fgd | 5 | 0, 1, 2 | 45.0 ± 4.6 | +3.0 | -3.6 .. +9.6 | 30 % | 2.10 |" in text
