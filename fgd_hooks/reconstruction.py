@@ -283,41 +283,65 @@ def _fit(layer: nn.Conv2d, features: Tensor, target: _Target, normalised: bool) 
     height, width = _output_size(layer, features)
     if (features.shape[0], height, width) != (size[0], size[2], size[3]):
         return None
-    patches = wide(_patches(layer, features, size))  # (groups, rows, inputs of one output)
+    # Without a normalisation or a bias nothing could make up for a difference of the means.
+    solution = _solve(layer, _patches(layer, features, size), target, centred=normalised or layer.bias is not None)
+    if solution is None:
+        return None
+    given = wide(layer.weight).flatten(1)
+    weight = solution.weight
+    if normalised:
+        length, copied_length = weight.norm(dim=1, keepdim=True), given.norm(dim=1, keepdim=True)
+        weight = weight * torch.where((length > 0) & (copied_length > 0), copied_length / length, 1)
+    layer.weight.copy_(torch.where(solution.fitted[:, None], weight, given).reshape(layer.weight.shape))
+    if layer.bias is not None:
+        layer.bias.copy_(torch.where(solution.fitted, solution.bias, wide(layer.bias)))
+    return solution.explained
+
+
+@dataclass(frozen=True)
+class _Solution:
+    """What least squares makes of a convolution."""
+
+    weight: Tensor  # (outputs, inputs of one output)
+    bias: Tensor  # (outputs,) makes the means equal
+    fitted: Tensor  # (outputs,) False where a channel is the same in all cells, here or in the teacher
+    explained: float  # share of the variance of the teacher's outputs, mean over those that were fitted
+
+
+def _solve(layer: nn.Conv2d, patches: Tensor, target: _Target, centred: bool) -> _Solution | None:
+    """Ridge regression from ``patches`` (see :func:`_patches`) to the teacher's cells, towards the weights at hand.
+
+    With ``centred`` both are less their means. None where nothing can be fitted.
+    """
+    patches = wide(patches)
     cells = wide(target.cells).to(patches.device)
     outputs = cells.t().unsqueeze(-1) if layer.groups > 1 else cells.unsqueeze(0)
-    given = wide(layer.weight).flatten(1)  # (outputs, inputs)
+    given = wide(layer.weight).flatten(1)
     start = given.unsqueeze(-1) if layer.groups > 1 else given.t().unsqueeze(0)  # (groups, inputs, outputs of a group)
     inputs_mean, outputs_mean = patches.mean(1, keepdim=True), outputs.mean(1, keepdim=True)
     if not (torch.isfinite(inputs_mean).all() and torch.isfinite(outputs_mean).all()):
         return None
     copied_mean = (inputs_mean @ start).flatten()
-    if not normalised and layer.bias is None:  # nothing could make up for a difference of the means
+    if not centred:
         inputs_mean, outputs_mean = torch.zeros_like(inputs_mean), torch.zeros_like(outputs_mean)
     patches, outputs = patches - inputs_mean, outputs - outputs_mean
     copied = patches @ start  # sums of fewer terms than the teacher's: as good as they get by another scale
-    varies = _varies(target.mean.to(patches.device), target.variance.to(patches.device))
-    varies &= _varies(copied_mean, copied.var(1, correction=0).flatten())
-    varies &= outputs.var(1, correction=0).flatten() > 0
-    if not varies.any():
+    fitted = _varies(target.mean.to(patches.device), target.variance.to(patches.device))
+    fitted &= _varies(copied_mean, copied.var(1, correction=0).flatten())
+    fitted &= outputs.var(1, correction=0).flatten() > 0
+    if not fitted.any():
         return None
     scale = (outputs * copied).sum(1) / copied.square().sum(1)
     start = start * torch.where(scale > 0, scale, 0)[:, None]
     rest = outputs - patches @ start
     count = patches.new_tensor(float(patches.shape[1]))
     change = ridge_change(patches.mT @ patches / count, patches.mT @ rest / count, count)
-    left = (rest - patches @ change).square().mean(1).flatten()[varies]
-    total = outputs.square().mean(1).flatten()[varies]
+    left = (rest - patches @ change).square().mean(1).flatten()[fitted]
+    total = outputs.square().mean(1).flatten()[fitted]
     weight = start + change
     flat = weight.squeeze(-1) if layer.groups > 1 else weight.squeeze(0).t()
-    if normalised:
-        length, copied_length = flat.norm(dim=1, keepdim=True), given.norm(dim=1, keepdim=True)
-        flat = flat * torch.where((length > 0) & (copied_length > 0), copied_length / length, 1)
-    layer.weight.copy_(torch.where(varies[:, None], flat, given).reshape(layer.weight.shape))
-    if layer.bias is not None:
-        bias = (outputs_mean - inputs_mean @ weight).flatten()
-        layer.bias.copy_(torch.where(varies, bias, wide(layer.bias)))
-    return float(1 - (left / total).mean())
+    bias = (outputs_mean - inputs_mean @ weight).flatten()
+    return _Solution(flat, bias, fitted, float(1 - (left / total).mean()))
 
 
 def _output_size(layer: nn.Conv2d, features: Tensor) -> tuple[int, int]:
