@@ -18,6 +18,7 @@ RIVALS = {
     "start": "the copied start alone",
     "start_same_compute": "the copied start alone, same compute",
     "fitted_start": "the fitted start alone",
+    "fitted_start_same_compute": "the fitted start alone, same compute",
 }
 """Arms that the default is compared with, by name; a study that lacks one leaves the cell empty."""
 
