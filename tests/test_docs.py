@@ -116,3 +116,13 @@ def test_what_a_page_links_to_exists(page):
     text = BLOCK.sub("", page.read_text(encoding="utf-8"))
     targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"\w+:|#", target)]
     assert [target for target in targets if not (page.parent / target.split("#")[0]).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_rows_of_a_table_have_the_cells_of_its_heading(page):
+    text = re.sub(r"```.*?```|`[^`\n]*`", lambda found: found[0].replace("|", "/"), page.read_text("utf-8"), flags=re.S)
+    heading = 0
+    for line in map(str.strip, text.splitlines()):
+        cells = len(re.findall(r"(?<!\\)\|", line)) if line.startswith("|") else 0
+        assert not (heading and cells) or cells == heading, line
+        heading = cells
