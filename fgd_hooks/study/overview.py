@@ -78,7 +78,7 @@ def _costs(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """What the arms of equal compute were given, which was fixed before they ran."""
     if not rows:
         return []
-    heading = ("data", "student", "arm", "epochs", f"epochs of `{SUBJECT}`", f"CPU of `{SUBJECT}` as a multiple")
+    heading = ("data", "student", "arm", "epochs", f"epochs of `{SUBJECT}`", f"CPU of `{SUBJECT}`, times the arm's")
     return ["What the arms of the same compute had and took:", "", *markdown_table(heading, rows), ""]
 
 
