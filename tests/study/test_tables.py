@@ -233,5 +233,7 @@ def test_the_tables_of_the_repository_follow_from_its_records():
 
 
 def test_the_overview_of_the_repository_follows_from_its_records(tmp_path):
-    folders = [RESULTS / name for name in ("bccd", "few_labels", "long", "pretrained", "raccoon", "scenes")]
+    folders = [
+        RESULTS / name for name in ("bccd", "few_labels", "long", "long_teacher", "pretrained", "raccoon", "scenes")
+    ]
     assert write_overview(folders, tmp_path / "overview.md") == (RESULTS / "overview.md").read_text(encoding="utf-8")
