@@ -284,7 +284,7 @@ def _fit(layer: nn.Conv2d, features: Tensor, target: _Target, normalised: bool) 
     if (features.shape[0], height, width) != (size[0], size[2], size[3]):
         return None
     # Without a normalisation or a bias nothing could make up for a difference of the means.
-    solution = _solve(layer, _patches(layer, features, size), target, centred=normalised or layer.bias is not None)
+    solution = _solve(layer, features, target, centred=normalised or layer.bias is not None)
     if solution is None:
         return None
     given = wide(layer.weight).flatten(1)
@@ -308,15 +308,15 @@ class _Solution:
     explained: float  # share of the variance of the teacher's outputs, mean over those that were fitted
 
 
-def _solve(layer: nn.Conv2d, patches: Tensor, target: _Target, centred: bool) -> _Solution | None:
-    """Ridge regression from ``patches`` (see :func:`_patches`) to the teacher's cells, towards the weights at hand.
+def _solve(layer: nn.Conv2d, features: Tensor, target: _Target, centred: bool) -> _Solution | None:
+    """Ridge regression from what the kernel meets in ``features`` to the teacher's cells, towards the weights at hand.
 
     With ``centred`` both are less their means. None where nothing can be fitted.
     """
-    patches = wide(patches)
+    patches = wide(_patches(layer, features, target.size))  # (groups, rows, inputs of one output)
     cells = wide(target.cells).to(patches.device)
     outputs = cells.t().unsqueeze(-1) if layer.groups > 1 else cells.unsqueeze(0)
-    given = wide(layer.weight).flatten(1)
+    given = wide(layer.weight).flatten(1)  # (outputs, inputs)
     start = given.unsqueeze(-1) if layer.groups > 1 else given.t().unsqueeze(0)  # (groups, inputs, outputs of a group)
     inputs_mean, outputs_mean = patches.mean(1, keepdim=True), outputs.mean(1, keepdim=True)
     if not (torch.isfinite(inputs_mean).all() and torch.isfinite(outputs_mean).all()):
