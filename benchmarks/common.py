@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fgd_hooks.machine import processor
+from fgd_hooks.study.processes import processor
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 

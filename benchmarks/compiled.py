@@ -23,7 +23,7 @@ from benchmarks.common import interleave, save, show, summary
 from benchmarks.models import yolo, yolo_batch
 from benchmarks.step import adamw, finish
 from fgd_hooks import Distiller
-from fgd_hooks.integrations.ultralytics_run import boxes_of
+from fgd_hooks.integrations.ultralytics.boxes import boxes_of
 
 
 def arm(size: int, count: int, compiled: bool, distilled: bool) -> Callable[[], None]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from ultralytics import YOLO
 
-from fgd_hooks.integrations.ultralytics import FGDCallback
+from fgd_hooks.integrations.ultralytics.callback import FGDCallback
 from fgd_hooks.losses.attention import channel_attention, spatial_attention
 from fgd_hooks.study.spec import SETTINGS
 

@@ -20,7 +20,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.common import RESULTS, interleave, peak_bytes, save, show, summary
-from fgd_hooks.losses import FGDLoss
+from fgd_hooks.losses.fgd import FGDLoss
 from fgd_hooks.masks import PackedBoxes, box_masks
 
 BASE = {"boxes": 10, "side": 40, "batch": 8, "levels": 3, "channels": 128}

@@ -25,7 +25,7 @@ if __package__ in (None, ""):
 
 from benchmarks.common import machine
 from benchmarks.reference_loss import ReferenceFGD
-from fgd_hooks.losses import FGDLoss
+from fgd_hooks.losses.fgd import FGDLoss
 from fgd_hooks.masks import PackedBoxes
 
 CHANNELS = 256

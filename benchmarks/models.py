@@ -17,7 +17,7 @@ def yolo(name: str, classes: int = 20, args: dict[str, Any] | None = None) -> nn
     from ultralytics.cfg import get_cfg
     from ultralytics.nn.tasks import DetectionModel
 
-    from fgd_hooks.study.train import rescaled
+    from fgd_hooks.study.worker import rescaled
 
     yaml = rescaled(*NARROW[name]) if name in NARROW else f"{name}.yaml"
     model: nn.Module = DetectionModel(yaml, nc=classes, verbose=False)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fgd_hooks.losses import FGDLoss
+from fgd_hooks.losses.fgd import FGDLoss
 
 
 class ReferenceFGD(nn.Module):

@@ -17,12 +17,13 @@ import torch
 from ultralytics import YOLO
 
 from benchmarks.common import save, show
-from fgd_hooks import Reconstruction, fit_channels, inherit_channels
-from fgd_hooks.evaldata import read_data
-from fgd_hooks.evaldata.letterbox import load_letterboxed
-from fgd_hooks.evaluate import evaluate
-from fgd_hooks.integrations.ultralytics_teacher import load_teacher
-from fgd_hooks.study.train import model_file
+from fgd_hooks import fit_channels, inherit_channels
+from fgd_hooks.evaluation.dataset import load_letterboxed
+from fgd_hooks.evaluation.evaluate import evaluate
+from fgd_hooks.evaluation.readers import read_data
+from fgd_hooks.initialization.report import Reconstruction
+from fgd_hooks.integrations.ultralytics.teacher import load_teacher
+from fgd_hooks.study.worker import model_file
 
 
 def student(options: argparse.Namespace, teacher: Any, folder: Path) -> YOLO:

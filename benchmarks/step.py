@@ -63,8 +63,8 @@ class CallbackStep:
     def __init__(
         self, student: nn.Module, teacher: Path, config: FGDConfig, batch: dict[str, Any], folder: Path
     ) -> None:
-        from fgd_hooks.integrations.ultralytics_run import TrainingRun
-        from fgd_hooks.integrations.ultralytics_teacher import fuse_files, load_teachers
+        from fgd_hooks.integrations.ultralytics.session import TrainingRun
+        from fgd_hooks.integrations.ultralytics.teacher import fuse_files, load_teachers
 
         self.student, self.batch, self.optimizer = student, batch, adamw(student)
         self.trainer = Trainer(
@@ -99,7 +99,7 @@ def yolo_arms(student: str, teacher: str, size: int, count: int, folder: Path) -
     """The five arms for a pair of Ultralytics models."""
     from ultralytics.nn.distill_model import DistillationModel
 
-    from fgd_hooks.integrations.ultralytics_teacher import load_teacher
+    from fgd_hooks.integrations.ultralytics.teacher import load_teacher
 
     batch = yolo_batch(size, count)
     args = {"imgsz": size}

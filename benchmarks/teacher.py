@@ -23,8 +23,8 @@ if __package__ in (None, ""):
 from benchmarks.common import interleave, peak_bytes, save, show, summary
 from benchmarks.models import yolo, yolo_batch
 from fgd_hooks.config import TeacherConfig
-from fgd_hooks.pyramid import find_levels
-from fgd_hooks.taps import FeatureTaps
+from fgd_hooks.taps.hooks import FeatureTaps
+from fgd_hooks.taps.levels import find_levels
 from fgd_hooks.teacher import FrozenTeacher
 
 COLUMNS = ["option", "median_ms", "quartiles_ms", "of_plain", "memory_mib", "difference"]

@@ -2,56 +2,50 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from fgd_hooks.adapters import create_adapter, list_adapters, register_adapter
-from fgd_hooks.config import ConfigError, FGDConfig, load_config, save_config
-from fgd_hooks.distiller import Distilled, Distiller, PerTeacher
-from fgd_hooks.findings import Finding, Report
-from fgd_hooks.losses import (
-    FGDLoss,
-    ImitationLoss,
-    LossResult,
-    create_loss,
-    list_losses,
-    register_loss,
-)
-from fgd_hooks.pyramid import Level, LevelPair, PairingError, find_levels, pair_levels
-from fgd_hooks.reconstruction import Reconstruction, fit_channels
-from fgd_hooks.selection import inherit_channels
-from fgd_hooks.tapnames import Tap, TapError
-from fgd_hooks.taps import FeatureTaps
-from fgd_hooks.teacher import TeacherError
-from fgd_hooks.transfer import Inheritance, inherit
-
 if TYPE_CHECKING:
-    from fgd_hooks.integrations.ultralytics import FGDCallback
+    from fgd_hooks.adapters import list_adapters, register_adapter
+    from fgd_hooks.config import FGDConfig, load_config
+    from fgd_hooks.diagnostics.doctor import diagnose
+    from fgd_hooks.distiller import Distiller
+    from fgd_hooks.errors import FGDError
+    from fgd_hooks.initialization.inherit import inherit
+    from fgd_hooks.initialization.reconstruction import fit_channels
+    from fgd_hooks.initialization.weight_selection import inherit_channels
+    from fgd_hooks.integrations.ultralytics.callback import FGDCallback
+    from fgd_hooks.losses.base import list_losses, register_loss
+    from fgd_hooks.pairing import pair_levels
+    from fgd_hooks.taps.levels import find_levels
 
 __version__ = "0.1.0"
 
+_HOME = {  # imported on first use: the command line answers without torch, and the core works without Ultralytics
+    "Distiller": "distiller",
+    "FGDCallback": "integrations.ultralytics.callback",
+    "FGDConfig": "config",
+    "FGDError": "errors",
+    "diagnose": "diagnostics.doctor",
+    "find_levels": "taps.levels",
+    "fit_channels": "initialization.reconstruction",
+    "inherit": "initialization.inherit",
+    "inherit_channels": "initialization.weight_selection",
+    "list_adapters": "adapters",
+    "list_losses": "losses",
+    "load_config": "config",
+    "pair_levels": "pairing",
+    "register_adapter": "adapters",
+    "register_loss": "losses",
+}
+
 __all__ = [
-    "ConfigError",
-    "Distilled",
     "Distiller",
     "FGDCallback",
     "FGDConfig",
-    "FGDLoss",
-    "FeatureTaps",
-    "Finding",
-    "ImitationLoss",
-    "Inheritance",
-    "Level",
-    "LevelPair",
-    "LossResult",
-    "PairingError",
-    "PerTeacher",
-    "Reconstruction",
-    "Report",
-    "Tap",
-    "TapError",
-    "TeacherError",
-    "create_adapter",
-    "create_loss",
+    "FGDError",
+    "__version__",
+    "diagnose",
     "find_levels",
     "fit_channels",
     "inherit",
@@ -62,14 +56,16 @@ __all__ = [
     "pair_levels",
     "register_adapter",
     "register_loss",
-    "save_config",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the callback on first use, so that ``import fgd_hooks`` needs torch alone."""
-    if name == "FGDCallback":
-        from fgd_hooks.integrations.ultralytics import FGDCallback
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
 
-        return FGDCallback
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return __all__

@@ -5,20 +5,23 @@ An adapter maps (N, C_student, H, W) to (N, C_teacher, H, W). Register one of yo
     @register_adapter("deep")
     def deep(student_channels: int, teacher_channels: int) -> nn.Module: ...
 
-One that has ``wants_fit`` and ``fit(student, teacher)``, as :class:`~fgd_hooks.fitted.FittedConv`, is fitted to the
+One that has ``wants_fit`` and ``fit(student, teacher)``, as :class:`~fgd_hooks.adapters.FittedConv`, is fitted to the
 features of the first batch that is distilled, before it is used.
 """
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from fgd_hooks.fitted import FittedConv, align
-from fgd_hooks.registry import Factory, Registry
-from fgd_hooks.schema import ConfigError
+from fgd_hooks.errors import ConfigError
+from fgd_hooks.utils.distributed import is_distributed
+from fgd_hooks.utils.linalg import MAX_CELLS, evenly_spaced, ridge_change, wide
+from fgd_hooks.utils.registry import Factory, Registry
 
 ADAPTERS = Registry("adapter")
 
@@ -111,3 +114,79 @@ def mlp(student_channels: int, teacher_channels: int) -> nn.Module:
 def conv3x3(student_channels: int, teacher_channels: int) -> nn.Module:
     """One 3x3 convolution with bias and padding 1."""
     return nn.Conv2d(student_channels, teacher_channels, 3, padding=1)
+
+
+class FittedConv(nn.Conv2d):
+    """One 1x1 convolution with bias, (N, C_student, H, W) to (N, C_teacher, H, W), that :meth:`fit` sets once.
+
+    Before that, the teacher's channel j is the student's channel j * C_student // C_teacher: in a student that began as
+    evenly spaced channels of its teacher the channel that was taken, or its neighbour.
+
+    Attributes:
+        fitted: () bool, part of the state: weights that were fitted and trained are not fitted again.
+    """
+
+    fitted: Tensor
+
+    def __init__(self, student_channels: int, teacher_channels: int) -> None:
+        super().__init__(student_channels, teacher_channels, 1)
+        self.register_buffer("fitted", torch.tensor(False))
+        self._known_fitted = False
+        align(self)
+
+    def _load_from_state_dict(self, *args: typing.Any, **kwargs: typing.Any) -> None:
+        self._known_fitted = False  # the state that is loaded says whether it was fitted
+        super()._load_from_state_dict(*args, **kwargs)
+
+    @property
+    def wants_fit(self) -> bool:
+        """Whether :meth:`fit` has still to come. Waits for the device until it has."""
+        if not self._known_fitted:
+            self._known_fitted = bool(self.fitted)
+        return not self._known_fitted
+
+    @torch.no_grad()
+    def fit(self, student: Tensor, teacher: Tensor) -> None:
+        """Ridge regression of the teacher's channels on the student's, over the cells of a batch.
+
+        Minimises sum |t - W s - b|² + r |W - W0|² with the weights W0 at hand; r is the number of cells times the mean
+        variance of the student's channels times ``max(RIDGE, C_student / cells)``. Where the features hold NaN or
+        infinity, nothing changes and the fit waits for another batch. Processes fit to the cells of all of them.
+
+        Args:
+            student: (N, C_student, H, W) features.
+            teacher: (N, C_teacher, H, W) features of the same size.
+        """
+        start, s, t = wide(self.weight.flatten(1)), _cells(student), _cells(teacher)
+        rest = t - s @ start.t()
+        count = s.new_tensor([s.shape[0]])
+        both = torch.cat([s, rest], dim=1)
+        sums, products = both.sum(0), s.t() @ both
+        if is_distributed():
+            for each in (count, sums, products):
+                torch.distributed.all_reduce(each)
+        if not (torch.isfinite(sums).all() and torch.isfinite(products).all()):
+            return
+        mean = sums / count
+        width = s.shape[1]
+        covariance = products / count - torch.outer(mean[:width], mean)
+        change = ridge_change(covariance[:, :width], covariance[:, width:], count.squeeze())
+        self.weight.copy_((start + change.t())[:, :, None, None])
+        typing.cast(nn.Parameter, self.bias).copy_(mean[width:] - mean[:width] @ change)
+        self.fitted.fill_(True)
+        self._known_fitted = True
+
+
+def align(conv: nn.Conv2d) -> None:
+    """Let a 1x1 convolution repeat its input channels (or take evenly spaced ones), in place."""
+    with torch.no_grad():
+        conv.weight.zero_()
+        conv.weight[torch.arange(conv.out_channels), evenly_spaced(conv.out_channels, conv.in_channels)] = 1
+        nn.init.zeros_(typing.cast(nn.Parameter, conv.bias))
+
+
+def _cells(feature: Tensor) -> Tensor:
+    """(cells, C) of a feature map (N, C, H, W), at most :data:`MAX_CELLS`, in float64."""
+    cells = feature.detach().movedim(1, -1).flatten(0, -2)
+    cells = cells[:: max(1, -(-cells.shape[0] // MAX_CELLS))]
+    return wide(cells)

@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 
 from fgd_hooks.config import BalanceConfig
-from fgd_hooks.distributed import is_distributed
-from fgd_hooks.savedstate import check_count, check_tensor
-from fgd_hooks.taps import GradientMeter
+from fgd_hooks.taps.hooks import GradientMeter
+from fgd_hooks.utils.checkpoint import check_count, check_tensor
+from fgd_hooks.utils.distributed import is_distributed
 
 EARLY_STEPS = (0, 1, 4, 8)
 """Steps that measure besides every ``interval``-th: before a scale is used, and while adapters learn fastest."""

@@ -12,8 +12,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fgd_hooks.configtext import check_extent, merge, nested, read_yaml
-from fgd_hooks.schema import ConfigError, Section, build, check_keys, not_negative, one_of, positive, require, sections
+from fgd_hooks.errors import ConfigError
+from fgd_hooks.utils.structured_config import (
+    Section,
+    build,
+    check_extent,
+    check_keys,
+    merge,
+    nested,
+    not_negative,
+    one_of,
+    positive,
+    read_yaml,
+    require,
+    sections,
+)
 
 __all__ = [
     "BalanceConfig",
@@ -222,10 +235,10 @@ class FGDConfig(Section):
         resize: resample the student's map where its size differs from the teacher's; an error otherwise.
         inherit: what an integration copies of the teacher's weights into the student before a training begins.
             "channels": evenly spaced channels of every layer, for a student of the teacher's architecture that is
-            narrower (see fgd_hooks/selection.py); "fitted": the same, and then each convolution is fitted to what the
-            teacher's computes on some training images (see fgd_hooks/reconstruction.py); "auto": as "fitted", if the
+            narrower (weight selection); "fitted": the same, and then each convolution is fitted to what the
+            teacher's computes on some training images (reconstruction); "auto": as "fitted", if the
             student begins from random weights and nine tenths of them are replaced so; "neck", "head" or "neck+head":
-            these, where their shapes are equal (see fgd_hooks/transfer.py); null or empty: nothing.
+            these, where their shapes are equal (see fgd_hooks/initialization/inherit.py); null or empty: nothing.
         boxes_from: where the Ultralytics callback takes the boxes of the foreground from: "labels", or, in a segment
             training, "masks": the box around what is seen of each instance.
         losses: several losses at once instead of ``loss``: names or sections like it, as in

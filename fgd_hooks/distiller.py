@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,19 @@ from torch import Tensor, nn
 from fgd_hooks.adapters import create_adapter
 from fgd_hooks.balance import Balance
 from fgd_hooks.config import FGDConfig, load_config
-from fgd_hooks.distributed import is_distributed
-from fgd_hooks.doctor import Optimizers, examine
-from fgd_hooks.findings import Report
-from fgd_hooks.health import GradientGuard, StepHealth, zero_unless_finite
-from fgd_hooks.lessons import Lesson, build_loss, check_names, plan
-from fgd_hooks.losses import LossResult
+from fgd_hooks.errors import TapError, TeacherError
+from fgd_hooks.guards import GradientGuard, StepHealth, zero_unless_finite
+from fgd_hooks.losses.base import LossResult
 from fgd_hooks.masks import PackedBoxes, check_boxes
-from fgd_hooks.pyramid import find_sources
+from fgd_hooks.pairing import DistillationPair, build_loss, check_names, plan, signature
 from fgd_hooks.schedule import Clock, schedule_factor
-from fgd_hooks.tapnames import Tap, TapError, unwrap
-from fgd_hooks.taps import FeatureTaps
-from fgd_hooks.teacher import FrozenTeacher, TeacherError, check_apart
-from fgd_hooks.trainingstate import restore, training_state
+from fgd_hooks.taps.hooks import FeatureTaps
+from fgd_hooks.taps.levels import find_sources
+from fgd_hooks.taps.tap import Tap
+from fgd_hooks.teacher import FrozenTeacher, check_apart
+from fgd_hooks.utils.checkpoint import check_count, check_tensor
+from fgd_hooks.utils.distributed import is_distributed
+from fgd_hooks.utils.modules import unwrap
 
 logger = logging.getLogger("fgd_hooks")
 
@@ -303,7 +303,7 @@ class Distiller(nn.Module):
             if getattr(adapter, "wants_fit", False):
                 adapter.fit(self._resized(pair, feature.detach(), target.shape[2:]), target)
 
-    def adapt(self, pair: Lesson, student: Tensor, size: Sequence[int]) -> Tensor:
+    def adapt(self, pair: DistillationPair, student: Tensor, size: Sequence[int]) -> Tensor:
         """The student's feature (N, C, H, W) of a level through its adapter, with the teacher's (h, w) cells.
 
         Raises:
@@ -321,7 +321,7 @@ class Distiller(nn.Module):
             adapted: Tensor = adapter(student)
         return self._resized(pair, adapted, size)
 
-    def _resized(self, pair: Lesson, feature: Tensor, size: Sequence[int]) -> Tensor:
+    def _resized(self, pair: DistillationPair, feature: Tensor, size: Sequence[int]) -> Tensor:
         """A student's map with (h, w) cells.
 
         Raises:
@@ -358,42 +358,26 @@ class Distiller(nn.Module):
             canvas = (int(images.shape[-2]), int(images.shape[-1]))
         return PackedBoxes.from_list(boxes, canvas, device)
 
-    def check(
-        self,
-        images: Any,
-        boxes: Sequence[Tensor] | PackedBoxes,
-        *,
-        loss: Callable[[], Tensor],
-        optimizer: Optimizers | None = None,
-        canvas: tuple[int, int] | None = None,
-    ) -> Report:
-        """Examine the whole distillation on one batch, and leave no trace in models, gradients and random state.
-
-        ::
-
-            report = distiller.check(
-                images, boxes, loss=lambda: criterion(student(images), targets), optimizer=optimizer
-            )
-            print(report)
-
-        The student runs five times and the teacher three times. Set the student to train mode before, as in training.
-        Among several processes all must call it: adapters are fitted and the balance is measured over all of them.
+    @contextlib.contextmanager
+    def batch_to_diagnose(
+        self, images: Any, boxes: Sequence[Tensor] | PackedBoxes | None, loss: Callable[[], Tensor]
+    ) -> Iterator[tuple[Any, Sequence[Tensor] | PackedBoxes]]:
+        """Images and boxes for :func:`fgd_hooks.diagnose`; a host that sees them in the student's pass overrides it.
 
         Args:
             images: as for :meth:`forward`.
             boxes: as for :meth:`forward`.
-            loss: runs the student on this batch and gives the task's loss, one number; it is called several times and
-                must not call ``backward`` or ``step``.
-            optimizer: the one (or those) that shall train the adapters and context blocks; None: not checked, and said.
-            canvas: as for :meth:`forward`.
+            loss: runs the student on the batch.
 
         Raises:
-            ValueError: gradients are switched off, or ``loss`` does not give one number.
+            ValueError: there are none.
         """
-        return examine(self, images, boxes, loss=loss, optimizer=optimizer, canvas=canvas)
+        if images is None or boxes is None:
+            raise ValueError(f"diagnose() got no {'images' if images is None else 'boxes'}; pass images and boxes.")
+        yield images, boxes
 
     def _level(
-        self, pair: Lesson, student: Tensor, teacher: Tensor, boxes: PackedBoxes, scores: Tensor | None = None
+        self, pair: DistillationPair, student: Tensor, teacher: Tensor, boxes: PackedBoxes, scores: Tensor | None = None
     ) -> LossResult:
         adapted = self.balance.limited(self.adapt(pair, student, teacher.shape[2:]))
         more = {} if scores is None else {"scores": scores}
@@ -492,3 +476,49 @@ class Distiller(nn.Module):
 
     def __exit__(self, *exc_info: object) -> None:
         self.detach()
+
+
+def _kind(distiller: Distiller) -> dict[str, Any]:
+    """What must be equal for a saved state to fit."""
+    return {
+        "levels": [signature(pair) for pair in distiller.pairs],
+        "loss": "+".join(loss.name for loss in distiller.config.all_losses),
+        "adapter": distiller.config.adapter,
+    }
+
+
+def training_state(distiller: Distiller) -> dict[str, Any]:
+    """See :meth:`fgd_hooks.Distiller.training_state`."""
+    return {
+        **_kind(distiller),
+        "modules": {name: tensor.to("cpu", copy=True) for name, tensor in distiller.state_dict().items()},
+        "balance": distiller.balance.state_dict(),
+        "step": distiller.clock.step,
+    }
+
+
+def restore(distiller: Distiller, state: Mapping[str, Any]) -> None:
+    """See :meth:`fgd_hooks.Distiller.load_training_state`."""
+    if not isinstance(state, Mapping):
+        raise ValueError(f"The saved state is a {type(state).__name__}; expected what training_state() gave.")
+    for key, expected in _kind(distiller).items():
+        found = state.get(key)
+        texts = found if isinstance(found, list) else [found]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"The saved state is damaged: its {key} is missing or no text; remove the file.")
+        if found != expected:
+            raise ValueError(
+                f"The saved state belongs to another distillation: its {key} is {str(found)[:500]!r}, here it is "
+                f"{expected!r}. Use the student, teacher and configuration it was saved with, or remove the file."
+            )
+    modules, own, balance = state.get("modules"), distiller.state_dict(), state.get("balance")
+    if not isinstance(modules, Mapping) or set(modules) != set(own) or not isinstance(balance, Mapping):
+        raise ValueError("The saved state does not hold the tensors of these adapters and losses; remove the file.")
+    trained = {name for name, _ in distiller.named_parameters()}
+    for name, tensor in own.items():
+        # statistics of a batch normalisation may hold NaN: while training they are not used
+        check_tensor(name, modules[name], tensor, finite=name in trained)
+    step = check_count("number of steps", state.get("step"))
+    distiller.balance.load_state_dict(dict(balance))
+    distiller.load_state_dict(dict(modules))
+    distiller.clock.step = step

@@ -11,18 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from fgd_hooks.config import TeacherConfig
-from fgd_hooks.tapnames import Tap, TapError, unwrap
-from fgd_hooks.taps import FeatureTaps, StopForward, run_until_tapped
-from fgd_hooks.versions import version_numbers
+from fgd_hooks.errors import TapError, TeacherError
+from fgd_hooks.taps.hooks import FeatureTaps, StopForward, run_until_tapped
+from fgd_hooks.taps.tap import Tap
+from fgd_hooks.utils.modules import unwrap, version_numbers
 
 logger = logging.getLogger("fgd_hooks")
 
 COMPILES_FROM = (2, 6)
 """torch 2.4 compiles a tapped teacher more than once and holds on to its features; tried again with 2.15."""
-
-
-class TeacherError(ValueError):
-    """A teacher that cannot teach: it is the student, shares its weights, or holds NaN."""
 
 
 class FrozenTeacher:

@@ -56,7 +56,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def data(workplace: Path) -> Path:
-    from fgd_hooks.quickstart.scenes import SceneSettings, make_dataset
+    from fgd_hooks.study.scenes import SceneSettings, make_dataset
 
     return make_dataset(workplace / "scenes", SceneSettings(train=20, val=4, size=64))
 
@@ -83,7 +83,7 @@ def teacher_file(workplace: Path, data: Path) -> Path:
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """Drawing takes longer than a tiny training; the tests of the pictures switch it on again."""
-    monkeypatch.setattr("fgd_hooks.integrations.ultralytics_pictures.PICTURED", 0)
+    monkeypatch.setattr("fgd_hooks.integrations.ultralytics.monitor.PICTURED", 0)
 
 
 @pytest.fixture

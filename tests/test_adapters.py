@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from fgd_hooks import ConfigError
 from fgd_hooks.adapters import ADAPTERS, create_adapter, list_adapters, register_adapter
+from fgd_hooks.errors import ConfigError
 
 
 def test_all_map_to_the_teachers_channels():

@@ -3,8 +3,9 @@ import time
 
 import pytest
 
-from fgd_hooks.config import BalanceConfig, ConfigError, FGDConfig, ScheduleConfig, load_config, save_config
-from fgd_hooks.schema import known_keys
+from fgd_hooks.config import BalanceConfig, FGDConfig, ScheduleConfig, load_config, save_config
+from fgd_hooks.errors import ConfigError
+from fgd_hooks.utils.structured_config import known_keys
 
 
 def test_defaults_yaml_dict_and_overrides_agree(tmp_path):

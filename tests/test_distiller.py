@@ -7,22 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from fgd_hooks import (
-    ConfigError,
-    Distiller,
-    FGDConfig,
-    FGDLoss,
-    PairingError,
-    TapError,
-    TeacherError,
-    load_config,
-    register_loss,
-)
-from fgd_hooks.fitted import FittedConv
-from fgd_hooks.health import NonFiniteError
-from fgd_hooks.losses import LOSSES, FeatureLoss, LossResult
+from fgd_hooks import Distiller, FGDConfig, load_config, register_loss
+from fgd_hooks.adapters import FittedConv
+from fgd_hooks.errors import ConfigError, NonFiniteError, PairingError, TapError, TeacherError
+from fgd_hooks.losses import FGDLoss
+from fgd_hooks.losses.base import LOSSES, FeatureLoss, LossResult
 from fgd_hooks.teacher import FrozenTeacher
-from tests.tiny import TinyDetector, batch, trained
+from tests.helpers.tiny import TinyDetector, batch, trained
 
 FIXED = {"balance": {"mode": "fixed"}}
 

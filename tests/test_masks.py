@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import fgd_hooks.masks
 from fgd_hooks.masks import PackedBoxes, box_masks, check_boxes
-from tests.losses.reference import slow_masks
+from tests.helpers.reference import slow_masks
 
 examples = settings(deadline=None, max_examples=30, derandomize=True)
 

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from fgd_hooks.cocometrics import CocoMetrics, coco_metrics
-from fgd_hooks.evaldata import DataError, EvalData, Floats, read_data
+from fgd_hooks.errors import DataError
+from fgd_hooks.evaluation.coco_metrics import CocoMetrics, coco_metrics
+from fgd_hooks.evaluation.dataset import EvalData, Floats
+from fgd_hooks.evaluation.readers import read_data
 
 Target = dict[str, Tensor]
 SPLITS = ("train", "val", "test")

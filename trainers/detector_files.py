@@ -16,9 +16,9 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from fgd_hooks import Distiller
-from fgd_hooks.cocometrics import CocoMetrics, percent
-from fgd_hooks.runfolder import MAP, MAP50
-from fgd_hooks.sidefile import read_side_file, write_side_file
+from fgd_hooks.evaluation.coco_metrics import CocoMetrics, percent
+from fgd_hooks.evaluation.runs import MAP, MAP50
+from fgd_hooks.utils.checkpoint import read_side_file, write_side_file
 
 Row = dict[str, float]
 

@@ -13,9 +13,9 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from fgd_hooks.config import ConfigError
-from fgd_hooks.registry import suggestion
-from fgd_hooks.schema import known_keys
+from fgd_hooks.errors import ConfigError
+from fgd_hooks.utils.registry import suggestion
+from fgd_hooks.utils.structured_config import known_keys
 
 AMP = ("", "bfloat16", "float16")
 OPTIMIZERS = ("SGD", "AdamW")

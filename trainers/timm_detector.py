@@ -26,7 +26,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from torchvision_detector import main
 
-from fgd_hooks.config import ConfigError
+from fgd_hooks.errors import ConfigError
 from fgd_hooks.integrations.timm import LITE, create_lite, normalisation
 
 HEADS = ("retinanet", "fcos", "faster_rcnn")

@@ -31,11 +31,14 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.models import get_model
 
-from fgd_hooks import FGDConfig, Inheritance, load_config, monitor, save_config
-from fgd_hooks.beginning import begin
+from fgd_hooks import FGDConfig, load_config
+from fgd_hooks.config import save_config
+from fgd_hooks.diagnostics import tensorboard as monitor
+from fgd_hooks.evaluation.runs import MAP, MAP50
+from fgd_hooks.initialization.initialize import begin
+from fgd_hooks.initialization.report import Inheritance
 from fgd_hooks.integrations.torchvision import TorchvisionDistiller
-from fgd_hooks.runfolder import MAP, MAP50
-from fgd_hooks.traces import RandomState
+from fgd_hooks.utils.preserve import RandomState
 
 Build = Callable[[Any, int, ImageSettings], nn.Module]
 

@@ -22,7 +22,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from fgd_hooks.tapnames import unwrap
+from fgd_hooks.utils.modules import unwrap
 
 LITE = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
 _UNIT = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)

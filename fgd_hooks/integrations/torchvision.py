@@ -17,11 +17,12 @@ batch and the boxes that come out, so that boxes, feature maps and the teacher's
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,14 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from fgd_hooks.config import FGDConfig, TeacherShare, load_config
 from fgd_hooks.distiller import Distilled, Distiller, PerTeacher
-from fgd_hooks.doctor import Optimizers
-from fgd_hooks.findings import Report
+from fgd_hooks.errors import TapError
 from fgd_hooks.masks import PackedBoxes
-from fgd_hooks.probe import PROBE_SIZE, probe_input, untouched
-from fgd_hooks.tapnames import TapError, describe, unwrap
-from fgd_hooks.taps import LiveHook
+from fgd_hooks.taps.hooks import LiveHook
+from fgd_hooks.taps.levels import PROBE_SIZE, probe_input
+from fgd_hooks.taps.tap import describe
 from fgd_hooks.teacher import check_apart
-from fgd_hooks.traces import no_trace
+from fgd_hooks.utils.modules import unwrap
+from fgd_hooks.utils.preserve import no_trace, untouched
 
 logger = logging.getLogger("fgd_hooks")
 
@@ -115,39 +116,17 @@ class TorchvisionDistiller(Distiller):
         self._seen.latest = None
         return super().forward(images, [] if boxes is None else boxes, canvas=canvas, task_loss=task_loss)
 
-    def check(
-        self,
-        images: Any = None,
-        boxes: Sequence[Tensor] | PackedBoxes | None = None,
-        *,
-        loss: Callable[[], Tensor],
-        optimizer: Optimizers | None = None,
-        canvas: tuple[int, int] | None = None,
-    ) -> Report:
-        """Examine the whole distillation on one batch, and leave no trace; see :meth:`fgd_hooks.Distiller.check`.
-
-        ::
-
-            print(distiller.check(loss=lambda: sum(student(images, targets).values()), optimizer=optimizer))
-
-        The student runs six times and the teacher three times.
-
-        Args:
-            images: None: the batch that ``loss`` lets the student see; otherwise as for :meth:`forward`.
-            boxes: only with ``images``.
-            loss: runs the student on the batch and gives the task's loss, one number.
-            optimizer: the one (or those) that shall train the adapters and context blocks.
-            canvas: only with ``images``.
-
-        Raises:
-            ValueError: gradients are switched off, the student is in eval mode, or ``loss`` does not give one number.
-        """
+    @contextlib.contextmanager
+    def batch_to_diagnose(
+        self, images: Any, boxes: Sequence[Tensor] | PackedBoxes | None, loss: Callable[[], Tensor]
+    ) -> Iterator[tuple[Any, Sequence[Tensor] | PackedBoxes]]:
+        """The batch that ``loss`` lets the student see, unless images and boxes are given."""
         try:
-            if images is None and torch.is_grad_enabled():
+            if images is None:
                 with no_trace(self.student, self), self.taps.aside():
                     loss()
                     images, boxes = self._last_batch()
-            return super().check(images, [] if boxes is None else boxes, loss=loss, optimizer=optimizer, canvas=canvas)
+            yield images, [] if boxes is None else boxes
         finally:
             self._seen.latest = None
 

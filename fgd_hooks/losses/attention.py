@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fgd_hooks.losses.context import add_context
+from fgd_hooks.losses.gc_block import add_context
 
 
 class Weights(NamedTuple):

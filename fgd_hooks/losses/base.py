@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fgd_hooks.losses.attention import compute_dtype, no_autocast
 from fgd_hooks.masks import Canvas, PackedBoxes
-from fgd_hooks.registry import Registry
+from fgd_hooks.utils.registry import Registry
 
 LOSSES = Registry("loss")
 """All losses by name; a class enters with ``@register_loss("name")``."""

@@ -1,11 +1,11 @@
 """The fused loss's heavy passes through ``torch.compile``, where a trial in the running training shows that it pays.
 
-On a GPU the passes of :mod:`fgd_hooks.losses.fused_steps` are bound by memory: each of their dozen operations reads and
-writes the whole feature, which compiled code does in a few sweeps. How much that gives depends on the card, on torch
-and on the level's size. So nothing is assumed: when a level has been seen ``TRIED_AT`` times in one size, both ways are
-timed on its own tensors, and the faster one is used from then on. A compiler that is missing or fails leaves all as it
-was. Where deterministic algorithms are asked for (Ultralytics does by default) nothing is tried: the two ways differ in
-the last bits of the gradient, and a clock must not decide what a seed gives.
+On a GPU the passes of :mod:`~fgd_hooks.losses.fused_passes` are bound by memory: each of their dozen operations reads
+and writes the whole feature, which compiled code does in a few sweeps. How much that gives depends on the card, on
+torch and on the level's size. So nothing is assumed: when a level has been seen ``TRIED_AT`` times in one size, both
+ways are timed on its own tensors, and the faster one is used from then on. A compiler that is missing or fails leaves
+all as it was. Where deterministic algorithms are asked for (Ultralytics does by default) nothing is tried: the two ways
+differ in the last bits of the gradient, and a clock must not decide what a seed gives.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fgd_hooks.losses.fused_steps import backward_group, forward_group
+from fgd_hooks.losses.fused_passes import backward_group, forward_group
 
 logger = logging.getLogger("fgd_hooks")
 

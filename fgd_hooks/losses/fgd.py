@@ -19,10 +19,10 @@ from fgd_hooks.losses.base import (
     register_loss,
 )
 from fgd_hooks.losses.compiled import Choice
-from fgd_hooks.losses.context import GcBlock
 from fgd_hooks.losses.fused import fused_terms
+from fgd_hooks.losses.gc_block import GcBlock
 from fgd_hooks.masks import Canvas, PackedBoxes, box_masks
-from fgd_hooks.registry import suggestion
+from fgd_hooks.utils.registry import suggestion
 
 PRESETS: dict[str, dict[str, float]] = {
     "two_stage": {"temperature": 0.5, "alpha": 5e-5, "beta": 2.5e-5, "gamma": 5e-5, "lambda_": 5e-7},

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from fgd_hooks.losses.attention import Terms, Weights, no_autocast, plain_terms
 from fgd_hooks.losses.compiled import AS_THEY_ARE, Choice, Passes
-from fgd_hooks.losses.context import transform, transform_backward
-from fgd_hooks.losses.fused_steps import Blocks, Context, Factors, Group
+from fgd_hooks.losses.fused_passes import Blocks, Context, Factors, Group
+from fgd_hooks.losses.gc_block import transform, transform_backward
 
 # Elements of a feature handled at once. The images of a group share the arithmetic on vectors and maps; an image above
 # the limit is a group of its own and read in chunks of channels.

@@ -16,7 +16,7 @@ from fgd_hooks.losses.attention import channel_attention, compute_dtype, no_auto
 from fgd_hooks.losses.base import LossResult, check_features, pack_boxes, register_loss
 from fgd_hooks.losses.fgd import FGDLoss
 from fgd_hooks.masks import Canvas, PackedBoxes, box_masks
-from fgd_hooks.registry import suggestion
+from fgd_hooks.utils.registry import suggestion
 
 SCALES = ("boxes", "image", "none")
 RELATIONS = ("gc", "nonlocal", "identity")

@@ -17,10 +17,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fgd_hooks.evaldata import NoSplitError, read_data
-from fgd_hooks.evaldata.links import link_file
-from fgd_hooks.evaldata.yolo import label_file
-from fgd_hooks.study.spec import DataSpec, StudyError
+from fgd_hooks.errors import NoSplitError, StudyError
+from fgd_hooks.evaluation.dataset import link_file
+from fgd_hooks.evaluation.readers import label_file, read_data
+from fgd_hooks.study.spec import DataSpec
 
 logger = logging.getLogger("fgd_hooks")
 
@@ -209,7 +209,7 @@ def _read(file: Path) -> tuple[tuple[str, ...], dict[str, tuple[Path, ...]]]:
 
 
 def _scenes(name: str, settings: Mapping[str, object], out: Path) -> Source:
-    from fgd_hooks.quickstart.scenes import SceneSettings, make_dataset
+    from fgd_hooks.study.scenes import SceneSettings, make_dataset
 
     try:
         wanted = SceneSettings(**settings)  # type: ignore[arg-type]

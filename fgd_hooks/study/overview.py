@@ -6,10 +6,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from fgd_hooks.reporting import markdown_table, spread
-from fgd_hooks.runfolder import flat
-from fgd_hooks.study.spec import StudyError
-from fgd_hooks.study.tables import SUBJECT, Arm, Group, cost_ratio, group_records, interval_text, read_records
+from fgd_hooks.errors import StudyError
+from fgd_hooks.evaluation.arms import Arm, Group, cost_ratio
+from fgd_hooks.evaluation.reporting import markdown_table, spread
+from fgd_hooks.evaluation.runs import flat
+from fgd_hooks.study.tables import SUBJECT, group_records, interval_text, read_records
 
 RIVALS = {
     "alone": "the student alone",

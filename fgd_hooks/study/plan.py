@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fgd_hooks.childprocess import read_json
 from fgd_hooks.config import config_to_dict, load_config
+from fgd_hooks.errors import StudyError
 from fgd_hooks.study.data import Prepared, find_file, prepare, read_source
-from fgd_hooks.study.spec import SETTINGS, ArmSpec, DataSpec, PretrainSpec, StudentSpec, StudyError, StudySpec
+from fgd_hooks.study.processes import read_json
+from fgd_hooks.study.spec import SETTINGS, ArmSpec, DataSpec, PretrainSpec, StudentSpec, StudySpec
 
 logger = logging.getLogger("fgd_hooks")
 

@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from fgd_hooks.childprocess import log_tail, read_json, start_child, stop_child, write_json
 from fgd_hooks.study.plan import Run, read_result
-from fgd_hooks.study.train import JOB, job_of
+from fgd_hooks.study.processes import log_tail, read_json, start_child, stop_child, write_json
+from fgd_hooks.study.worker import JOB, job_of
 
-TRAIN = (sys.executable, "-m", "fgd_hooks.study.train")
+TRAIN = (sys.executable, "-m", "fgd_hooks.study.worker")
 LOCK, LOG, GUARD = "running.json", "train.log", ".lock"
 _POLL_SECONDS = 0.5
 _OTHERS_SECONDS = 10.0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fgd_hooks.registry import suggestion
+from fgd_hooks.errors import StudyError
 from fgd_hooks.study.plan import Planner
-from fgd_hooks.study.spec import SETTINGS, StudyError, StudySpec
+from fgd_hooks.study.spec import SETTINGS, StudySpec
+from fgd_hooks.utils.registry import suggestion
 
 
 def check_training(spec: StudySpec, planner: Planner) -> None:

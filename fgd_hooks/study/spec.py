@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import fgd_hooks.study.ablation  # noqa: F401  (registers its loss)
-from fgd_hooks.config import ConfigError, load_config
-from fgd_hooks.lessons import check_names
-from fgd_hooks.registry import suggestion
+from fgd_hooks.config import load_config
+from fgd_hooks.errors import ConfigError, StudyError
+from fgd_hooks.pairing import check_names
+from fgd_hooks.utils.registry import suggestion
 
 KINDS = ("alone", "builtin", "fgd")
 
@@ -55,10 +56,6 @@ TAKEN = ("teacher", "pretrain")
 Require = Callable[[bool, str], None]
 
 RESERVED = ("data", "device", "distill_model", "epochs", "exist_ok", "model", "name", "project", "resume", "seed")
-
-
-class StudyError(ValueError):
-    """A study file with an unknown key, an impossible value or a missing file, or a study that cannot go on."""
 
 
 @dataclass
@@ -120,7 +117,7 @@ class DataSpec:
 
     Attributes:
         yaml: data yaml in YOLO format; null with ``scenes``.
-        scenes: settings of the drawn set (fgd_hooks/quickstart/scenes.py); its test split is drawn with another seed.
+        scenes: settings of the drawn set (fgd_hooks/study/scenes.py); its test split is drawn with another seed.
         holdout: this share of the training images becomes val, and the yaml's val becomes test: for sets without a
             test split.
         fraction: share of the training images that the students see, chosen by ``subset_seed``; a smaller share is

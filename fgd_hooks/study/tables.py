@@ -5,126 +5,19 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fgd_hooks.childprocess import read_json
-from fgd_hooks.reporting import markdown_table, spread
-from fgd_hooks.study.collect import STUDY
-from fgd_hooks.study.spec import TAKEN, StudyError
-from fgd_hooks.study.statistics import Interval, mean_interval
+from fgd_hooks.errors import StudyError
+from fgd_hooks.evaluation.arms import Arm, Group, Interval, Record, cost_ratio
+from fgd_hooks.evaluation.reporting import markdown_table, spread
+from fgd_hooks.study.processes import read_json
+from fgd_hooks.study.records import STUDY
+from fgd_hooks.study.spec import TAKEN
 
 MAX_CLASSES = 12
-LEAST_GAP = 1.0
-"""Points that a teacher must be better for a share of them to be stated: of less, any gain is many times as much."""
 SUBJECT = "fgd"
 """The arm that is also compared with every other one, unless ``study.json`` names another as ``subject``."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """One collected run.
-
-    Attributes:
-        data: name of the data set.
-        student: what the model is called.
-        arm: name of the arm.
-        epochs: trained.
-        seed: of the run.
-        cpu_s: CPU seconds of the training.
-        results: figures by split, as ``fgd eval --json`` writes them.
-        batches: checksum of the training batches; None where it was not taken.
-        device: what it ran on; ``cpu_s`` of different ones are not compared.
-        settings: everything else that shaped the run.
-    """
-
-    data: str
-    student: str
-    arm: str
-    epochs: int
-    seed: int
-    cpu_s: float
-    results: dict[str, dict[str, Any]]
-    batches: int | None
-    device: str = "cpu"
-    settings: str = ""
-
-    def value(self, split: str) -> float | None:
-        """mAP50-95 on a split, per cent; None where it was not measured."""
-        found = self.results.get(split, {}).get("map50_95")
-        return None if found is None else 100 * float(found)
-
-
-@dataclass(frozen=True)
-class Arm:
-    """The runs of one arm on one data set, one per seed."""
-
-    name: str
-    epochs: int
-    runs: tuple[Record, ...]
-
-    def values(self, split: str) -> dict[int, float]:
-        """mAP50-95 by seed, per cent."""
-        return {run.seed: value for run in self.runs if (value := run.value(split)) is not None}
-
-
-@dataclass(frozen=True)
-class Group:
-    """All arms of one data set with one student, and the teacher's figures there.
-
-    Attributes:
-        data: name of the data set.
-        student: what the model is called.
-        arms: in the order of the study.
-        baseline: the arm that the others are compared with; None where it has no run.
-        teacher: its record.
-    """
-
-    data: str
-    student: str
-    arms: tuple[Arm, ...]
-    baseline: Arm | None
-    teacher: Record | None
-
-    def splits(self) -> list[str]:
-        """The splits that were measured, val first."""
-        return [split for split in ("val", "test") if any(arm.values(split) for arm in self.arms)]
-
-    def gain(self, arm: Arm, split: str, over: Arm | None = None) -> Interval | None:
-        """The mean of the differences, seed by seed, in points, to another arm; None without a common seed.
-
-        Args:
-            arm: that is looked at.
-            split: "val" or "test".
-            over: what it is compared with; None: the baseline.
-        """
-        over = over or self.baseline
-        if over is None or arm is over:
-            return None
-        base, mine = over.values(split), arm.values(split)
-        differences = [mine[seed] - base[seed] for seed in mine if seed in base]
-        return mean_interval(differences) if differences else None
-
-    def closed(self, arm: Arm, split: str) -> float | None:
-        """The gain as a share of what the teacher is above the baseline; None where that is less than a point."""
-        gain, teacher = self.gain(arm, split), self.teacher.value(split) if self.teacher else None
-        if gain is None or teacher is None or self.baseline is None:
-            return None
-        base = self.baseline.values(split)
-        gap = teacher - statistics.fmean(base[seed] for seed in arm.values(split) if seed in base)
-        return gain.mean / gap if gap >= LEAST_GAP else None
-
-    def cost(self, arm: Arm) -> float | None:
-        """CPU seconds as a multiple of the baseline's, the mean over common seeds on like devices."""
-        return None if self.baseline is None else cost_ratio(arm, self.baseline)
-
-
-def cost_ratio(arm: Arm, other: Arm) -> float | None:
-    """CPU seconds of an arm as a multiple of another's, the mean over common seeds on like devices."""
-    base = {(run.seed, run.device): run.cpu_s for run in other.runs if run.cpu_s}
-    ratios = [run.cpu_s / base[run.seed, run.device] for run in arm.runs if (run.seed, run.device) in base]
-    return statistics.fmean(ratios) if ratios else None
 
 
 def read_records(folder: Path) -> tuple[dict[str, Any], list[Record]]:
@@ -208,7 +101,7 @@ def picture(group: Group, split: str) -> str:
 
 def write_tables(folder: Path) -> str:
     """Write ``tables.md`` and the plots into a folder of collected results; returns the Markdown."""
-    from fgd_hooks.study.plot import draw_group
+    from fgd_hooks.study.plots import draw_group
 
     study, records = read_records(folder)
     groups = group_records(records, study.get("arms", ()), study.get("baseline", "alone"))

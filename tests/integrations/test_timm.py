@@ -11,7 +11,8 @@ pytest.importorskip("timm")
 
 import timm
 
-from fgd_hooks import Distiller, TapError
+from fgd_hooks import Distiller
+from fgd_hooks.errors import TapError
 from fgd_hooks.integrations.timm import (
     LITE,
     Renormalised,
@@ -20,8 +21,8 @@ from fgd_hooks.integrations.timm import (
     normalisation,
     with_own_normalisation,
 )
-from fgd_hooks.pyramid import find_levels
-from tests.tiny import TinyDetector, batch
+from fgd_hooks.taps.levels import find_levels
+from tests.helpers.tiny import TinyDetector, batch
 
 IMAGENET, HALF = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.5,) * 3, (0.5,) * 3)
 SMALL_SWIN = {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "img_size": 128, "window_size": 2}

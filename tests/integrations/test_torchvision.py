@@ -8,10 +8,12 @@ pytest.importorskip("torchvision")
 
 from torchvision.models import detection
 
-from fgd_hooks import Distiller, PairingError, TapError, TeacherError
+from fgd_hooks import Distiller
+from fgd_hooks.diagnostics.doctor import diagnose
+from fgd_hooks.errors import PairingError, TapError, TeacherError
 from fgd_hooks.integrations.torchvision import TorchvisionDistiller, renormalise
 from fgd_hooks.masks import PackedBoxes, box_masks
-from tests.integrations.tiny_detectors import FAMILIES, SSDBody, build, rectangles
+from tests.helpers.tiny_detectors import FAMILIES, SSDBody, build, rectangles
 
 FIXED = {"balance": {"mode": "fixed"}, "schedule": {"stop_epoch": None}}
 WIDE = (8, 12, 16, 24)
@@ -367,7 +369,7 @@ def test_check_examines_the_batch_of_its_loss_and_leaves_no_trace(student, teach
     with TorchvisionDistiller(student, teacher, FIXED) as distiller:
         optimizer = torch.optim.SGD([*student.parameters(), *distiller.parameters()], 1e-3)
         before = copy.deepcopy(student.state_dict())
-        report = distiller.check(loss=lambda: sum(student(images, targets).values()), optimizer=optimizer)
+        report = diagnose(distiller, loss=lambda: sum(student(images, targets).values()), optimizer=optimizer)
         for name, tensor in student.state_dict().items():
             assert torch.equal(tensor, before[name]), name
         assert all(parameter.grad is None for parameter in student.parameters())

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fgd_hooks.losses import FGDLoss, compiled
+from fgd_hooks.losses import compiled
 from fgd_hooks.losses.compiled import AS_THEY_ARE, TRIED_AT, Choice, compiled_passes
+from fgd_hooks.losses.fgd import FGDLoss
 from tests.losses.test_golden import CASES, Golden
 
 BOXES = [torch.tensor([[0.0, 0.0, 20.0, 12.0], [8.0, 8.0, 30.0, 40.0]]), torch.zeros(0, 4)]

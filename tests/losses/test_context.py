@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fgd_hooks.losses import GcBlock
-from fgd_hooks.losses.context import pool
-from tests.losses.reference import slow_context
+from fgd_hooks.losses.gc_block import GcBlock, pool
+from tests.helpers.reference import slow_context
 
 
 def block(channels=6, seed=0):

@@ -7,18 +7,12 @@ import itertools
 import pytest
 import torch
 
-from fgd_hooks.losses import (
-    PRESETS,
-    FGDLoss,
-    LossResult,
-    channel_attention,
-    create_loss,
-    fused,
-    list_losses,
-    spatial_attention,
-)
+from fgd_hooks.losses import fused
+from fgd_hooks.losses.attention import channel_attention, spatial_attention
+from fgd_hooks.losses.base import LossResult, create_loss, list_losses
+from fgd_hooks.losses.fgd import PRESETS, FGDLoss
 from fgd_hooks.masks import PackedBoxes
-from tests.losses.reference import slow_attention, slow_fgd
+from tests.helpers.reference import slow_attention, slow_fgd
 
 PARTS = ("foreground", "background", "attention", "global")
 CANVAS = [(48, 60), (48, 60), (40, 60)]

@@ -14,10 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fgd_hooks.losses import FGDLoss, channel_attention, spatial_attention
-from fgd_hooks.losses.fgd import official_name
+from fgd_hooks.losses.attention import channel_attention, spatial_attention
+from fgd_hooks.losses.fgd import FGDLoss, official_name
 from fgd_hooks.masks import PackedBoxes, box_masks
-from tests.losses.reference import slow_fgd, slow_masks
+from tests.helpers.reference import slow_fgd, slow_masks
 
 GOLDEN = Path(os.environ.get("FGD_GOLDEN_DIR") or Path(__file__).parents[1] / "golden")
 ARRAYS: dict[str, dict[str, np.ndarray]] = {}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fgd_hooks.losses import ImitationLoss, create_loss
+from fgd_hooks.losses.base import create_loss
+from fgd_hooks.losses.imitation import ImitationLoss
 from fgd_hooks.masks import PackedBoxes
 
 CANVAS = (20, 20)

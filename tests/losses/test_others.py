@@ -10,8 +10,12 @@ import pytest
 import torch
 
 from fgd_hooks import Distiller
-from fgd_hooks.losses import ChannelWiseLoss, GenerationLoss, PearsonLoss, ScoredLoss, create_loss
-from tests.tiny import TinyDetector, batch, trained
+from fgd_hooks.losses.base import create_loss
+from fgd_hooks.losses.cwd import CWDLoss
+from fgd_hooks.losses.mgd import MGDLoss
+from fgd_hooks.losses.pkd import PKDLoss
+from fgd_hooks.losses.scored import ScoredLoss
+from tests.helpers.tiny import TinyDetector, batch, trained
 
 NO_BOXES = [torch.zeros(0, 4), torch.zeros(0, 4)]
 CANVAS = (8, 8)
@@ -25,7 +29,7 @@ def test_channelwise_by_hand():
     """Two cells: the teacher's distribution is (3/4, 1/4), the student's (1/2, 1/2) at temperature 2."""
     student = torch.zeros(1, 1, 1, 2, requires_grad=True)
     teacher = torch.tensor([2 * math.log(3.0), 0.0]).view(1, 1, 1, 2)
-    result = call(ChannelWiseLoss(temperature=2.0, alpha=3.0), student, teacher)
+    result = call(CWDLoss(temperature=2.0, alpha=3.0), student, teacher)
     divergence = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
     assert result.raw["channelwise"].item() == pytest.approx(4 * divergence)
     assert result.loss.item() == pytest.approx(12 * divergence)
@@ -36,8 +40,8 @@ def test_channelwise_by_hand():
 
 def test_channelwise_is_a_mean_over_channels_and_images():
     student, teacher = torch.zeros(1, 1, 1, 2), torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
-    one = call(ChannelWiseLoss(), student, teacher).loss
-    again = call(ChannelWiseLoss(), student.repeat(2, 3, 1, 1), teacher.repeat(2, 3, 1, 1)).loss
+    one = call(CWDLoss(), student, teacher).loss
+    again = call(CWDLoss(), student.repeat(2, 3, 1, 1), teacher.repeat(2, 3, 1, 1)).loss
     torch.testing.assert_close(again, one)
 
 
@@ -46,7 +50,7 @@ def test_pearson_is_one_minus_the_correlation():
     teacher = torch.tensor([2.0, 1.0, 5.0, 4.0]).view(1, 1, 2, 2)
     s, t = student.flatten() - 4, teacher.flatten() - 3
     correlation = float((s * t).sum() / (s.square().sum() * t.square().sum()).sqrt())
-    result = call(PearsonLoss(alpha=6.0), student, teacher)
+    result = call(PKDLoss(alpha=6.0), student, teacher)
     # the squares sum to 2 (n - 1) (1 - r) for a sample's standard deviation, and are divided by 2 n
     assert float(result.raw["pearson"]) == pytest.approx(3 / 4 * (1 - correlation), rel=1e-5)
     assert float(result.loss) == pytest.approx(6 * 3 / 4 * (1 - correlation), rel=1e-5)
@@ -55,12 +59,12 @@ def test_pearson_is_one_minus_the_correlation():
 def test_pearson_ignores_scale_and_offset_of_each_channel():
     feature = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     scale, offset = torch.tensor([2.0, 50.0, 0.1]).view(1, 3, 1, 1), torch.tensor([0.0, -7.0, 3.0]).view(1, 3, 1, 1)
-    assert float(call(PearsonLoss(), feature * scale + offset, feature).loss) == pytest.approx(0, abs=1e-6)
+    assert float(call(PKDLoss(), feature * scale + offset, feature).loss) == pytest.approx(0, abs=1e-6)
 
 
 def test_pearson_of_a_constant_channel_is_finite():
     student = torch.full((1, 2, 2, 2), 5.0, requires_grad=True)
-    result = call(PearsonLoss(), student, torch.rand(1, 2, 2, 2))
+    result = call(PKDLoss(), student, torch.rand(1, 2, 2, 2))
     result.loss.backward()
     assert result.loss.isfinite()
     assert student.grad.isfinite().all()
@@ -68,7 +72,7 @@ def test_pearson_of_a_constant_channel_is_finite():
 
 def test_generation_by_hand():
     """Generation blocks that copy: what is blanked costs the teacher's square there, the rest the difference's."""
-    loss = GenerationLoss(channels=2, masked=0.5, alpha=0.1)
+    loss = MGDLoss(channels=2, masked=0.5, alpha=0.1)
     with torch.no_grad():
         for layer in (loss.generation[0], loss.generation[2]):
             layer.bias.zero_()
@@ -88,13 +92,13 @@ def test_generation_by_hand():
 
 
 def test_generation_draws_masks_of_its_own():
-    loss, feature = GenerationLoss(channels=2, masked=0.65), torch.zeros(4, 2, 50, 50)
+    loss, feature = MGDLoss(channels=2, masked=0.65), torch.zeros(4, 2, 50, 50)
     state = torch.get_rng_state()
     one, other = loss.mask(feature), loss.mask(feature)
     assert torch.equal(state, torch.get_rng_state())
     assert not torch.equal(one, other)
     assert float(one.float().mean()) == pytest.approx(0.35, abs=0.02)
-    assert GenerationLoss(channels=2, masked=0.0).mask(feature).all()
+    assert MGDLoss(channels=2, masked=0.0).mask(feature).all()
 
 
 @pytest.mark.parametrize("name", ["cwd", "pkd", "mgd"])

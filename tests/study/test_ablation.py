@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fgd_hooks.config import LossConfig
-from fgd_hooks.lessons import build_loss
-from fgd_hooks.losses import FGDLoss, create_loss
+from fgd_hooks.losses.base import create_loss
+from fgd_hooks.losses.fgd import FGDLoss
+from fgd_hooks.pairing import build_loss
 from fgd_hooks.study.ablation import AblationLoss, NonLocalBlock
 from tests.losses.test_golden import CASES, THEIR_PARTS, Golden
 

@@ -8,10 +8,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from fgd_hooks.evaldata import read_data
+from fgd_hooks.errors import StudyError
+from fgd_hooks.evaluation.readers import read_data
 from fgd_hooks.study.data import Source, _content, prepare, read_source, scan_labels, subset
-from fgd_hooks.study.spec import DataSpec, StudyError
-from tests.study.studies import make_data
+from fgd_hooks.study.spec import DataSpec
+from tests.helpers.studies import make_data
 
 IMAGES = [Path(f"/somewhere/{number:03d}.jpg") for number in range(200)]
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fgd_hooks.errors import StudyError
 from fgd_hooks.study.plan import RESULT
 from fgd_hooks.study.runner import LOCK, Runner, in_progress, lock
-from fgd_hooks.study.spec import StudyError
-from tests.study.studies import fake_command, make_study, planner
+from tests.helpers.studies import fake_command, make_study, planner
 
 
 def go(file: Path, **options) -> tuple[Runner, list[str], int]:
@@ -252,13 +252,13 @@ def test_a_pretrained_student_starts_from_the_other_set(tmp_path):
 def test_a_killed_study_leaves_no_training_behind(tmp_path, how):
     child = tmp_path / "child.py"
     child.write_text(
-        "import pathlib, time\nfrom fgd_hooks.childprocess import end_with_parent\nend_with_parent()\n"
+        "import pathlib, time\nfrom fgd_hooks.study.processes import end_with_parent\nend_with_parent()\n"
         f"pathlib.Path({str(tmp_path / 'up')!r}).touch()\ntime.sleep(300)\n"
     )
     parent = tmp_path / "parent.py"
     parent.write_text(
-        "import signal, sys\nfrom pathlib import Path\nfrom fgd_hooks.study.command import end_on_terminate\n"
-        "from fgd_hooks.study.runner import Runner\nfrom tests.study.studies import planner\nend_on_terminate()\n"
+        "import signal, sys\nfrom pathlib import Path\nfrom fgd_hooks.cli.study import end_on_terminate\n"
+        "from fgd_hooks.study.runner import Runner\nfrom tests.helpers.studies import planner\nend_on_terminate()\n"
         f"Runner(1, command=(sys.executable, {str(child)!r})).run("
         f"planner(Path({str(make_study(tmp_path))!r})).plan().runs)\n"
     )

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from fgd_hooks.config import load_config
-from fgd_hooks.study.spec import SETTINGS, StudyError, load_study
-from tests.study.studies import make_study
+from fgd_hooks.errors import StudyError
+from fgd_hooks.study.spec import SETTINGS, load_study
+from tests.helpers.studies import make_study
 
 STUDIES = sorted((Path(__file__).parents[2] / "configs" / "studies").glob("*.yaml"))
 DATA = {"a": {"yaml": "set/data.yaml", "teacher": {"weights": "t.pt"}}}

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fgd_hooks.errors import StudyError
 from fgd_hooks.study.overview import write_overview
-from fgd_hooks.study.spec import StudyError
 from fgd_hooks.study.tables import group_records, markdown, read_records, write_tables
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"

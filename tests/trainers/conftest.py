@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 IDS = {3: (255, 0, 0), 7: (0, 255, 0)}  # category ids with a gap, and what their rectangles look like
 SPLITS = {"train": 5, "val": 2, "test": 2}
 

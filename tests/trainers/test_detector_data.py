@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fgd_hooks.evaldata import DataError
+from fgd_hooks.errors import DataError
 from tests.trainers.conftest import IDS, data_settings
 
 

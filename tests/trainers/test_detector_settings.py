@@ -5,7 +5,7 @@ import torch
 import yaml
 from torch import nn
 
-from fgd_hooks.config import ConfigError
+from fgd_hooks.errors import ConfigError
 
 
 @pytest.fixture

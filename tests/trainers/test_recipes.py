@@ -11,7 +11,7 @@ pytest.importorskip("torchvision")
 
 from fgd_hooks.config import load_config
 from fgd_hooks.integrations.torchvision import TorchvisionDistiller
-from tests.test_configs import TRAINERS
+from tests.contracts.test_configs import TRAINERS
 from tests.trainers.conftest import ROOT
 
 PRESETS = {"bccd-retinanet": "anchor_based", "bccd-fcos": "fcos", "bccd-fasterrcnn": "two_stage"}

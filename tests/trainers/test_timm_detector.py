@@ -6,9 +6,9 @@ import torch
 pytest.importorskip("timm")
 pytest.importorskip("torchvision")
 
-from fgd_hooks.config import ConfigError
+from fgd_hooks.errors import ConfigError
 from fgd_hooks.integrations.torchvision import TorchvisionDistiller
-from tests.integrations.tiny_detectors import rectangles
+from tests.helpers.tiny_detectors import rectangles
 
 
 def build(backbone="test_efficientnet", **settings):

@@ -11,9 +11,9 @@ import yaml
 
 pytest.importorskip("torchvision")
 
-from fgd_hooks.runfolder import read_evaluation, read_run
-from fgd_hooks.sidefile import read_side_file
-from tests.integrations.tiny_detectors import build as tiny
+from fgd_hooks.evaluation.runs import read_evaluation, read_run
+from fgd_hooks.utils.checkpoint import read_side_file
+from tests.helpers.tiny_detectors import build as tiny
 from tests.trainers.conftest import ROOT, data_settings
 
 WIDTHS = {"student": (8, 8, 12, 16), "wide": (12, 8, 12, 16), "teacher": (12, 12, 16, 24)}

@@ -1,0 +1,210 @@
+"""The engine of ``fgd show``: pictures of what a trained student and its teacher attend to, as PNG files."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fgd_hooks.config import FGDConfig, load_config
+from fgd_hooks.diagnostics.attention import LevelSheet, attention_distances, attention_sheets
+from fgd_hooks.diagnostics.plots import save_sheets
+from fgd_hooks.distiller import Distiller
+from fgd_hooks.errors import CheckpointError, ConfigError, DataError
+from fgd_hooks.evaluation.dataset import EvalData, TrueImage, load_letterboxed, load_sample
+from fgd_hooks.evaluation.evaluate import data_file, load_detector
+from fgd_hooks.evaluation.readers import read_data
+from fgd_hooks.integrations.ultralytics.monitor import SETTINGS_FILE
+from fgd_hooks.integrations.ultralytics.session import SIDE_FILE
+from fgd_hooks.integrations.ultralytics.teacher import fuse_files, load_teachers, with_score_taps
+from fgd_hooks.pairing import signature
+from fgd_hooks.utils.checkpoint import read_side_file
+from fgd_hooks.utils.registry import suggestion
+
+Sample = tuple[str, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What :func:`show` did.
+
+    Attributes:
+        files: the pictures.
+        adapters: where the adapters come from, one sentence.
+        adapted: whether they are trained, so that student and teacher compare as in the loss.
+        distances: level to attention distance, mean over the images.
+    """
+
+    files: list[Path]
+    adapters: str
+    adapted: bool
+    distances: dict[str, float]
+
+
+def show(
+    student: str | Path,
+    teacher: str | Path,
+    data: str | Path | None = None,
+    *,
+    images: int | str | Path | Sequence[str | Path] = 4,
+    split: str = "val",
+    imgsz: int | None = None,
+    out: str | Path = "fgd_show",
+    top: int = 10,
+    config: FGDConfig | str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> Shown:
+    """Draw one sheet per image and level.
+
+    Adapters are read from the side file beside the student's weights. Where there is none, the sheets hold the
+    student's own spatial attention and leave its channels out.
+
+    Args:
+        student: weights of the student.
+        teacher: weights of the teacher that it was trained with, or a list of them.
+        data: data yaml (YOLO format) or annotation json (COCO format) with the true boxes.
+        images: how many images of the split, evenly spaced among those with boxes; or files, or a folder of them (as
+            text with commas between), whose boxes are looked up in ``data`` if that is given.
+        split: key of the data yaml.
+        imgsz: longer side of the input in pixels; None: what the student was trained with.
+        out: folder for the pictures.
+        top: number of channels.
+        config: settings of the distillation; None: the ``fgd.yaml`` of the student's run, else the defaults.
+        overrides: single settings that win, ``["levels=[P3]"]``.
+
+    Raises:
+        FileNotFoundError: weights, data or an image are missing.
+        ConfigError, DataError, CheckpointError, TeacherError, PairingError, TapError: what does not fit.
+    """
+    for key, value in (("images", images), ("imgsz", imgsz), ("top", top)):
+        if isinstance(value, (int, float)) and (value < 1 or value != int(value)):
+            raise ConfigError(f"{key} is {value!r}; expected a whole number, 1 or more.")
+    loaded = load_detector(student)
+    model = loaded.model.float()
+    if imgsz is None:
+        imgsz = int(getattr(loaded, "overrides", {}).get("imgsz", 640))
+    if config is None and (recorded := Path(student).parent.parent / SETTINGS_FILE).is_file():
+        config = recorded
+    settings = load_config(config, overrides)
+    file = _side_file(Path(student))
+    state = read_side_file(file).get("distiller", {}) if file else {}
+    if file:
+        settings.adapter = state.get("adapter", settings.adapter)
+        # "P3-teacher2-cwd: stride ..." is of the level P3
+        saved = [str(each).partition(":")[0].partition("-")[0] for each in state.get("levels", [])]
+        settings.levels = settings.levels or list(dict.fromkeys(saved)) or None
+    teachers = fuse_files(load_teachers(teacher), teacher, settings.teacher)
+    with Distiller(model, teachers, with_score_taps(settings, teachers)) as distiller:
+        adapters, adapted = "There are no adapters to load: all levels have equal channels.", True
+        if file:
+            load_adapters(distiller, state, file)
+            adapters = f"Adapters from {file}."
+        elif any(True for _ in distiller.adapters.parameters()):
+            adapters, adapted = (
+                f"There is no {SIDE_FILE} beside {student}, so no trained adapters: the sheets show the student's own "
+                "feature maps, and channels of the teacher only.",
+                False,
+            )
+        stride = max(pair.student.stride for pair in distiller.pairs)
+        stride = max(stride, *(int(each) for each in getattr(model, "stride", torch.tensor([32]))))
+        sheets: list[LevelSheet] = []
+        for name, image, boxes in _samples(data, images, split, imgsz, stride):
+            sheets += attention_sheets(distiller, model, image[None], [boxes], adapted=adapted, names=[name])
+    return Shown(save_sheets(sheets, out, top=top), adapters, adapted, attention_distances(sheets))
+
+
+def show_command(settings: dict[str, Any], overrides: Sequence[str]) -> None:
+    """``fgd show``: check the keys, draw, and say what was drawn and how far student and teacher are apart.
+
+    Raises:
+        ConfigError: a key is missing or unknown; and what :func:`show` raises.
+    """
+    known = [name for name in inspect.signature(show).parameters if name != "overrides"]
+    for key in settings:
+        if key not in known:
+            raise ConfigError(f"There is no setting {key!r}. {suggestion(key, [*known, 'fgd.*'])}")
+    for key, meaning in (("student", "weights of the student"), ("teacher", "weights of its teacher")):
+        if not settings.get(key):
+            raise ConfigError(f"{key}= is missing ({meaning}); see fgd show --help.")
+    shown = show(**settings, overrides=overrides)
+    print(shown.adapters)
+    if shown.adapted:
+        for level, distance in shown.distances.items():
+            print(f"{level}: attention distance of student and teacher {distance:.3f} (0 equal, below 2)")
+    print(f"Sheets in {shown.files[0].parent}: {', '.join(file.name for file in shown.files)}")
+
+
+def load_adapters(distiller: Distiller, state: dict[str, Any], file: Path) -> None:
+    """Load the adapters alone of a training state, for the levels that the distiller has.
+
+    Raises:
+        CheckpointError: they belong to other levels or adapters.
+    """
+    saved = state.get("levels", [])
+    for pair in distiller.pairs:
+        if signature(pair) not in saved:
+            raise CheckpointError(
+                f"{file} holds adapters for {'; '.join(map(str, saved))} (student / teacher), but these models pair as "
+                f"{signature(pair)}. Give the teacher that this student was trained with, or move the file away."
+            )
+    wanted = distiller.adapters.state_dict()
+    modules = state.get("modules", {})
+    found = {key: modules[f"adapters.{key}"] for key in wanted if f"adapters.{key}" in modules}
+    try:
+        distiller.adapters.load_state_dict(found)
+    except RuntimeError as error:
+        raise CheckpointError(f"{file} does not hold the adapters of these levels: {error}") from error
+
+
+def _side_file(student: Path) -> Path | None:
+    """The side file beside a student's weights; that of best.pt is the one of last.pt."""
+    for name in (f"{student.stem}.fgd.pt", SIDE_FILE):
+        if (student.parent / name).is_file():
+            return student.parent / name
+    return None
+
+
+def _samples(
+    data: str | Path | None, images: int | str | Path | Sequence[str | Path], split: str, imgsz: int, stride: int
+) -> Iterator[Sample]:
+    truth = read_data(data_file(data), split) if data is not None else None
+    if isinstance(images, int):
+        if truth is None:
+            raise ConfigError("data= is missing: a data yaml or a COCO json, or give image files as images=.")
+        for chosen in _evenly(truth, images):
+            yield (chosen.file.stem, *load_sample(chosen, imgsz, stride))
+        return
+    known = {image.file.resolve(): image for image in truth.images} if truth else {}
+    for file in _image_files(images):
+        if (of_data := known.get(file.resolve())) is not None:
+            yield (file.stem, *load_sample(of_data, imgsz, stride))
+        else:
+            yield file.stem, load_letterboxed(file, imgsz, stride)[0], torch.zeros(0, 4)
+
+
+def _evenly(truth: EvalData, count: int) -> list[TrueImage]:
+    """So many images that have boxes, evenly spaced, the same ones each time."""
+    usable = [image for image in truth.images if len(image.boxes)]
+    count = min(count, len(usable))
+    return [usable[number * len(usable) // count] for number in range(count)]
+
+
+def _image_files(images: str | Path | Sequence[str | Path]) -> list[Path]:
+    from PIL import Image
+
+    given = images.split(",") if isinstance(images, str) else [images] if isinstance(images, Path) else images
+    files: list[Path] = []
+    for each in (Path(str(item).strip()) for item in given):
+        if not each.exists():
+            raise FileNotFoundError(f"The image {str(each)!r} does not exist (looked in {Path.cwd()}).")
+        known = Image.registered_extensions() if each.is_dir() else {}
+        found = sorted(f for f in each.iterdir() if f.suffix.lower() in known) if each.is_dir() else [each]
+        if not found:
+            raise DataError(f"The folder {str(each)!r} holds no image.")
+        files += found
+    return files

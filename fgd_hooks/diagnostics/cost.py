@@ -1,0 +1,121 @@
+"""What a distillation costs beside the plain training: parameters, operations and memory, known before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fgd_hooks.adapters import automatic_adapter
+from fgd_hooks.masks import PackedBoxes
+from fgd_hooks.taps.levels import probe_input
+from fgd_hooks.utils.preserve import no_trace
+
+if TYPE_CHECKING:
+    from fgd_hooks.distiller import Distiller
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The extra cost of distilling one batch.
+
+    Operations are counted by torch.utils.flop_counter on one image, times the batch: convolutions and matrix products,
+    a multiplication and an addition as two; element-wise work, such as most of the loss, is not counted.
+
+    Memory is computed, not measured: the weights of the teacher; adapters and context blocks with gradient and two
+    moments of an optimizer; and per level the teacher's feature and the adapted student feature, which are kept for the
+    backward pass. The passing maps inside the teacher's forward pass come on top.
+
+    Attributes:
+        summary: what is distilled into what.
+        batch: images.
+        size: (h, w) of the images in pixels.
+        parameters: trained beside the student.
+        teacher_flops: of the teacher's forward pass up to its last tap, for the batch.
+        own_flops: of adapters and losses, forward and backward, for the batch.
+        weight_bytes: teacher's weights, and adapters and losses with what their training keeps.
+        feature_bytes: of the features kept.
+    """
+
+    summary: str
+    batch: int
+    size: tuple[int, int]
+    parameters: int
+    teacher_flops: int
+    own_flops: int
+    weight_bytes: int
+    feature_bytes: int
+
+    def __str__(self) -> str:
+        total = (self.teacher_flops + self.own_flops) / 1e9
+        memory = (self.weight_bytes + self.feature_bytes) / 1e6
+        return (
+            f"{self.summary}; {_count(self.parameters)} parameters of adapters and loss are trained beside it; a "
+            f"step of {self.batch} images of {self.size[0]}x{self.size[1]} costs {total:.3g} GFLOPs more (teacher "
+            f"{self.teacher_flops / 1e9:.3g}, adapters and loss {self.own_flops / 1e9:.3g}) and about {memory:.3g} MB "
+            f"more memory (weights {self.weight_bytes / 1e6:.3g}, features {self.feature_bytes / 1e6:.3g})"
+        )
+
+
+def extra_cost(distiller: Distiller, batch: int, size: int) -> Cost:
+    """The :class:`Cost` of distilling ``batch`` square images of ``size`` pixels; leaves no trace.
+
+    Raises:
+        Exception: whatever the teacher raises when it is called with one image of zeros.
+    """
+    teachers, student = distiller.teachers, distiller.student
+    image = probe_input(student, size)
+    with no_trace(*teachers, distiller):
+        with FlopCounterMode(display=False) as teaching:
+            taught, scores = distiller._teach(image, image.device)
+        boxes = PackedBoxes.from_list([image.new_zeros(0, 4)], (size, size), image.device)
+        with torch.enable_grad(), FlopCounterMode(display=False) as own:
+            losses = []
+            for pair, target, score in zip(distiller.pairs, taught, scores, strict=True):
+                shape = (1, pair.student.channels, *target.shape[2:])
+                feature = torch.zeros(shape, device=target.device, requires_grad=True)
+                losses.append(distiller._level(pair, feature, target, boxes, score).loss)
+            torch.stack(losses).sum().backward()
+    kept = sum(target.numel() * (target.element_size() + 4) for target in taught)  # the loss works in float32
+    parameters = sum(p.numel() for p in distiller.parameters())
+    return Cost(
+        _summary(distiller, student),
+        batch,
+        (size, size),
+        parameters,
+        teaching.get_total_flops() * batch,
+        own.get_total_flops() * batch,
+        sum(t.numel() * t.element_size() for teacher in teachers for t in teacher.state_dict().values())
+        + 4 * 4 * parameters,
+        kept * batch,
+    )
+
+
+def _summary(distiller: Distiller, student: nn.Module) -> str:
+    levels = []
+    for pair in distiller.pairs:
+        adapter = distiller.config.adapter
+        if adapter == "auto":
+            adapter = automatic_adapter(pair.student.channels, pair.teacher.channels)
+        levels.append(f"{pair.name} {pair.teacher.channels}->{pair.student.channels} channels ({adapter})")
+    names = distiller.config.teacher_names
+    teachers = [
+        f"{Path(name).name if name else type(teacher).__name__} ({_parameters(teacher)} parameters)"
+        for name, teacher in zip(names, distiller.teachers, strict=False)
+    ]
+    return (
+        f"{' and '.join(teachers)} {'teaches' if len(teachers) == 1 else 'teach'} {type(student).__name__} "
+        f"({_parameters(student)}) at {', '.join(levels)}"
+    )
+
+
+def _parameters(model: nn.Module) -> str:
+    return _count(sum(parameter.numel() for parameter in model.parameters()))
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e6:.3g} M" if number >= 1e5 else f"{number:,}"

@@ -1,0 +1,131 @@
+"""What reports of several runs share: mean and spread as text, Markdown tables, curves with a band."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# The Okabe-Ito palette, told apart with every kind of colour vision; markers tell the lines apart once more.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+_LINES = ("-", "--", ":")  # beyond seven curves the colours come again with another line
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One arm of a study: the curves of its runs, one run per seed.
+
+    Attributes:
+        label: its name in the legend.
+        epochs: the epochs of the values, for all runs the same.
+        runs: one sequence of values per run, as long as ``epochs``.
+    """
+
+    label: str
+    epochs: Sequence[int]
+    runs: Sequence[Sequence[float]]
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Mean, with the standard deviation of the sample where there are several values: ``41.0 ± 1.4``."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table; the first column is aligned left, the others right."""
+    lines = [_markdown_row(headings), "|---" + "|--:" * (len(headings) - 1) + "|"]
+    return [*lines, *(_markdown_row(row) for row in rows)]
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def draw_curves(
+    curves: Sequence[Curve], file: Path, *, title: str, ylabel: str, reference: tuple[str, float] | None = None
+) -> None:
+    """Draw curves over the epochs as a PNG: the mean over an arm's runs, and one standard deviation as a band.
+
+    Args:
+        curves: at most 21 of them; names and final values are written at the end of each line.
+        file: where to write it.
+        title: above the picture.
+        ylabel: what the values are.
+        reference: name and value of a dashed horizontal line.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, 4.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    ends: list[tuple[float, int, str, str]] = []
+    for number, curve in enumerate(curves):
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        mean = [statistics.fmean(values) for values in zip(*curve.runs, strict=True)]
+        if len(curve.runs) > 1:
+            half = [statistics.stdev(values) for values in zip(*curve.runs, strict=True)]
+            low, high = ([m + sign * h for m, h in zip(mean, half, strict=True)] for sign in (-1, 1))
+            if len(mean) > 1:
+                axes.fill_between(curve.epochs, low, high, color=colour, alpha=0.2, linewidth=0)
+            else:
+                axes.errorbar(curve.epochs, mean, half, color=colour, capsize=3)
+        axes.plot(
+            curve.epochs,
+            mean,
+            _LINES[number // len(COLOURS) % len(_LINES)],
+            color=colour,
+            marker=marker,
+            markevery=max(1, len(mean) // 12),
+            linewidth=2.2,
+            markersize=5,
+        )
+        if mean:
+            seeds = f", {len(curve.runs)} seeds" if len(curve.runs) > 1 else ""
+            ends.append((mean[-1], curve.epochs[-1], f"{curve.label} ({mean[-1]:.1f}{seeds})", colour))
+    if reference:
+        name, value = reference
+        axes.axhline(value, color="#555555", linestyle="--", linewidth=1.4)
+        ends.append((value, max((end[1] for end in ends), default=0), f"{name} ({value:.1f})", "#555555"))
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(ylabel)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title, fontsize=11)
+    _label_ends(axes, ends)
+    figure.savefig(file)
+
+
+def _label_ends(axes: Any, ends: Sequence[tuple[float, int, str, str]]) -> None:
+    """Write each curve's name beside its end, right of the axes, moved apart where the ends lie close together."""
+    low, high = axes.get_ylim()
+    step = (high - low) * 0.052  # the height of a line of text
+    place = low
+    places = []
+    for value, *_ in sorted(ends):
+        place = max(value, place + step)
+        places.append(place)
+    for index in range(len(places) - 1, -1, -1):  # what rose above the picture comes down again
+        limit = high if index == len(places) - 1 else places[index + 1] - step
+        places[index] = min(places[index], limit)
+    for (value, epoch, text, colour), height in zip(sorted(ends), places, strict=True):
+        axes.annotate(
+            text,
+            (epoch, value),
+            xytext=(1.02, height),
+            textcoords=axes.get_yaxis_transform(),
+            va="center",
+            color=colour,
+            fontsize=9,
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.5},
+        )

@@ -1,0 +1,81 @@
+"""Where a model's neck and head are, by a probe: the modules that run before and after its feature levels exist."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from fgd_hooks.taps.levels import collection, find_levels, observe, probe_input
+from fgd_hooks.taps.tap import Tap
+from fgd_hooks.utils.modules import own_tensors, unwrap
+from fgd_hooks.utils.preserve import untouched
+
+PARTS = ("neck", "head")
+
+
+def find_parts(model: nn.Module, *, example: Any = None, role: str = "model") -> dict[str, list[str]]:
+    """The modules of a detector's neck and of its head, by one forward pass that leaves no trace.
+
+    The head is what runs once the feature levels (:func:`~fgd_hooks.find_levels`) exist. The neck is what
+    runs between the backbone's maps, the first list or dict of maps of different sizes that a module receives or
+    returns, and the levels. A backbone that passes such lists inside (HRNet) counts as neck from there on.
+
+    Args:
+        model: any detector.
+        example: what it is called with; None: zeros of 256 x 256 pixels.
+        role: "student" or "teacher", for messages.
+
+    Returns:
+        ``{"neck": [...], "head": [...]}``, names of the largest modules that lie in that part as a whole, in the order
+        of definition; an empty list where the model has no such part, or where it cannot be told from the rest.
+
+    Raises:
+        TapError: no feature levels were found.
+    """
+    model = unwrap(model)
+    example = probe_input(model) if example is None else example
+    taps = {level.tap for level in find_levels(model, example=example, role=role)}
+    weighted = {name for name, module in model.named_modules() if own_tensors(module)}
+    calls: dict[str, int] = {}  # how many modules with weights had begun before this one
+    made: dict[
+        int, tuple[int, Tensor]
+    ] = {}  # the same for each map; with it, as an id is reused when its owner is gone
+    first: list[Tensor] = []
+    levels: dict[Tap, Tensor] = {}
+
+    def see(tap: Tap, value: Any) -> None:
+        if tap.io == "input" and tap.module in weighted:
+            calls.setdefault(tap.module, len(calls))
+        maps = collection(value) or []
+        for item in [value, *(each for _, each in maps)]:
+            if isinstance(item, Tensor):
+                made.setdefault(id(item), (len(calls), item))
+        if maps and not first and not (tap.io == "input" and not tap.module):
+            first.extend(each for _, each in maps)
+        for key, item in maps:
+            if (level := Tap(tap.module, tap.io, (key,))) in taps:
+                levels[level] = item
+
+    with untouched(model):
+        observe(model, example, see)
+    begin, end = (max(made[id(item)][0] for item in maps) for maps in (first, levels.values()))
+    neck = {name for name, number in calls.items() if begin <= number < end}
+    head = {name for name, number in calls.items() if number >= end}
+    backbone = calls.keys() - neck - head
+    return {
+        "neck": list(_largest(model, neck, backbone | head)),
+        "head": list(_largest(model, head, backbone | neck)),
+    }
+
+
+def _largest(model: nn.Module, members: set[str], others: set[str], name: str = "") -> Iterator[str]:
+    """The names of the largest modules that hold some of ``members`` and none of ``others``."""
+    module = model.get_submodule(name)
+    inside = {f"{name}.{each}".strip(".") if each else name for each, _ in module.named_modules()}
+    if name and inside & members and not inside & others:
+        yield name
+    elif inside & members:
+        for child, _ in module.named_children():
+            yield from _largest(model, members, others, f"{name}.{child}".strip("."))

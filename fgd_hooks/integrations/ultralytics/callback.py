@@ -1,0 +1,200 @@
+"""FGD inside Ultralytics YOLO training, as a callback: two lines around ``model.train()``.
+
+::
+
+    from ultralytics import YOLO
+    from fgd_hooks import FGDCallback
+
+    model = YOLO("yolo26n.pt")
+    FGDCallback(teacher="yolo26s.pt").attach(model)
+    model.train(data="coco8.yaml", epochs=100)
+
+The callback installs itself when Ultralytics has built model, optimizer and EMA, and removes itself at the end of the
+training, also after an error. The checkpoints stay Ultralytics' own; what distillation adds (adapters, context blocks,
+their optimizer, the balance) is kept in ``last.fgd.pt`` beside ``last.pt`` and read again with ``resume=True``.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fgd_hooks.config import FGDConfig, load_config
+from fgd_hooks.distiller import Distiller
+from fgd_hooks.errors import ConfigError
+from fgd_hooks.integrations.ultralytics.compat import check_task, check_text_encoder, check_version
+from fgd_hooks.integrations.ultralytics.initialization import inherit_into
+from fgd_hooks.integrations.ultralytics.monitor import named_config
+from fgd_hooks.integrations.ultralytics.session import TrainingRun, is_first_rank
+from fgd_hooks.integrations.ultralytics.teacher import as_list, fuse_files, load_teachers
+from fgd_hooks.pairing import check_names
+from fgd_hooks.teacher import check_apart, check_finite
+
+logger = logging.getLogger("ultralytics")  # the host's own console and log file
+
+
+EVENTS = (
+    "on_pretrain_routine_end",
+    "on_train_epoch_start",
+    "on_train_batch_end",
+    "on_train_epoch_end",
+    "on_model_save",
+    "on_fit_epoch_end",
+    "on_train_end",
+    "teardown",
+)
+
+
+class FGDCallback:
+    """Lets a teacher teach the YOLO model that it is attached to.
+
+    Args:
+        teacher: weights file (or the name of one that Ultralytics can download), a ``YOLO`` object, or an
+            ``nn.Module``; or a list of these, for several teachers. For training on several GPUs give files. None: the
+            files that ``teachers`` in the configuration names.
+        config: an FGDConfig, a dict, a YAML file, or None for the defaults.
+        overrides: single settings that win over ``config``, ``["balance.ratio=1"]`` or ``{"balance.ratio": 1}``.
+        **settings: the same as keywords, for example ``weight=2`` or ``balance={"ratio": 1}``.
+
+    Attributes:
+        inherited: one line on what the student of the last training took over from the teacher before its first step;
+            empty where it began with the weights that it had.
+
+    Raises:
+        ConfigError: unknown key, wrong type or impossible value, or no teacher is given.
+    """
+
+    def __init__(
+        self,
+        teacher: str | Path | nn.Module | Any = None,
+        config: FGDConfig | Mapping[str, Any] | str | Path | None = None,
+        overrides: list[str] | Mapping[str, Any] = (),  # type: ignore[assignment]
+        **settings: Any,
+    ) -> None:
+        self.config = load_config(load_config(config, overrides), settings)
+        check_names(self.config)
+        self.teacher: Any = [share.name for share in self.config.teachers] if teacher is None else teacher
+        if isinstance(self.teacher, list) and (not self.teacher or None in self.teacher):
+            raise ConfigError("There is no teacher: give teacher=, or teachers=[...] with the name of each one's file.")
+        count = len(as_list(self.teacher))
+        if self.config.teachers and len(self.config.teachers) != count:
+            raise ConfigError(f"teachers has {len(self.config.teachers)} entries, but {count} teachers are given.")
+        self.inherited = ""
+        self._loaded: list[nn.Module] | None = None
+        self._runs: weakref.WeakKeyDictionary[Any, TrainingRun] = weakref.WeakKeyDictionary()
+
+    def attach(self, model: Any) -> FGDCallback:
+        """Add this callback to a ``YOLO`` model (or a trainer); the following ``model.train()`` calls distil.
+
+        The teacher is loaded and checked here, so that a wrong one is known before the training starts.
+
+        Raises:
+            TypeError: the model takes no callbacks.
+            FileNotFoundError, TeacherError: the teacher cannot be loaded, is no detector, holds NaN, or is the student.
+            TaskError: the student's task has no boxes (classify, semantic, depth), or no masks where boxes_from=masks.
+            VersionError: Ultralytics is too old.
+        """
+        if not hasattr(model, "add_callback"):
+            raise TypeError(
+                f"FGDCallback attaches to an ultralytics YOLO object or trainer, not to a {type(model).__name__}. For "
+                "a training loop of your own use fgd_hooks.Distiller."
+            )
+        check_version()
+        student = getattr(model, "model", None)
+        if self.config.weight > 0:
+            check_task(model, self.config.boxes_from)
+            check_text_encoder(student)
+        if self._acts:
+            self._loaded = load_teachers(self.teacher)
+            for teacher in self._loaded:
+                check_finite(teacher)
+                if isinstance(student, nn.Module):
+                    check_apart(student, teacher)
+        self.detach(model)
+        for event in EVENTS:
+            model.add_callback(event, getattr(self, f"_{event}"))
+        return self
+
+    def detach(self, model: Any) -> None:
+        """Take this callback out of a ``YOLO`` model or trainer again."""
+        for handlers in model.callbacks.values():
+            handlers[:] = [handler for handler in handlers if getattr(handler, "__self__", None) is not self]
+
+    def distiller(self, trainer: Any) -> Distiller | None:
+        """The Distiller at work in a trainer, None before and after its training."""
+        run = self._runs.get(trainer)
+        return run.distiller if run else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The specification alone: this is what travels to the processes of a multi-GPU training."""
+        several = isinstance(self.teacher, (list, tuple))
+        files = [_file_of(teacher) for teacher in as_list(self.teacher)]
+        return {"teacher": files if several else files[0], "config": self.config}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["teacher"], state["config"])  # type: ignore[misc]
+
+    @property
+    def _acts(self) -> bool:
+        """Whether there is anything to do: with weight 0 only the inheritance that is asked for by name."""
+        return self.config.weight > 0 or self.config.inherit not in (None, "", "auto")
+
+    # Ultralytics' events
+
+    def _on_pretrain_routine_end(self, trainer: Any) -> None:
+        """Model, optimizer, DDP wrapper and EMA exist, and a resumed checkpoint is loaded; called on all ranks."""
+        if not self._acts:
+            return
+        teachers, self._loaded = self._loaded, None
+        if teachers is None:
+            teachers = load_teachers(self.teacher)
+        if not trainer.resume:
+            self.inherited, expected = inherit_into(trainer, teachers[0], self.config.inherit)
+            if self.inherited and is_first_rank():
+                logger.log(logging.INFO if expected else logging.WARNING, "FGD: %s", self.inherited)
+        if self.config.weight == 0:
+            return
+        teachers = fuse_files(teachers, self.teacher, self.config.teacher)
+        run = TrainingRun(trainer, teachers, named_config(self.config, self.teacher))
+        self._runs[trainer] = run
+        run.install()
+
+    def _on_train_epoch_start(self, trainer: Any) -> None:
+        if run := self._runs.get(trainer):
+            run.begin_epoch()
+
+    def _on_train_batch_end(self, trainer: Any) -> None:
+        if run := self._runs.get(trainer):
+            run.end_batch()
+
+    def _on_train_epoch_end(self, trainer: Any) -> None:
+        if run := self._runs.get(trainer):
+            run.end_epoch()
+
+    def _on_model_save(self, trainer: Any) -> None:
+        if run := self._runs.get(trainer):
+            run.save()
+
+    def _on_fit_epoch_end(self, trainer: Any) -> None:
+        if run := self._runs.get(trainer):
+            run.log_epoch()
+
+    def _on_train_end(self, trainer: Any) -> None:
+        if run := self._runs.get(trainer):
+            run.log_run()
+
+    def _teardown(self, trainer: Any) -> None:
+        """The training has ended, by itself or by an error."""
+        if run := self._runs.pop(trainer, None):
+            run.remove()
+
+
+def _file_of(teacher: Any) -> Any:
+    """The file of a ``YOLO`` object that was loaded from one; anything else as it is."""
+    path = getattr(teacher, "ckpt_path", None)
+    return str(path) if path and Path(str(path)).is_file() else teacher

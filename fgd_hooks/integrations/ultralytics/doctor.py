@@ -1,0 +1,187 @@
+"""``fgd doctor``: the check-up of a YOLO distillation on the user's own data, before a training.
+
+The student, the batch (with augmentation) and the optimizer of the adapters come from Ultralytics' own trainer, which
+is stopped before its first step; it works in a folder that is removed again. Only the label cache that Ultralytics puts
+beside the labels of a data set may stay. The check-up computes in float32 (amp off) and on one device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fgd_hooks.config import FGDConfig
+from fgd_hooks.diagnostics.cost import extra_cost
+from fgd_hooks.diagnostics.doctor import diagnose
+from fgd_hooks.diagnostics.report import Finding, Report
+from fgd_hooks.errors import ConfigError, DataError, TapError, TeacherError
+from fgd_hooks.evaluation.evaluate import evaluate, quiet_ultralytics
+from fgd_hooks.integrations.ultralytics.compat import check_task, images_counted
+from fgd_hooks.integrations.ultralytics.initialization import inherit_into
+from fgd_hooks.integrations.ultralytics.monitor import named_config
+from fgd_hooks.integrations.ultralytics.session import TrainingRun
+from fgd_hooks.integrations.ultralytics.teacher import as_list, fuse_files, load_teachers
+from fgd_hooks.teacher import check_apart, check_finite
+
+EVALUATED = 64  # images of the validation set, evenly spread
+
+
+NOTHING, WEAK, NOISE = 0.02, 0.10, 0.02  # mAP50-95 of 0..1: finds nothing, finds little, difference of no meaning
+
+
+OURS = ("project", "name", "exist_ok", "save_dir", "resume", "amp", "plots", "verbose", "device")
+
+
+class _Examined(BaseException):
+    """Ends a training before its first step; no ``except Exception`` of the host's swallows it."""
+
+
+def diagnose_training(
+    teacher: str | Path | Sequence[str | Path],
+    model: Any,
+    data: str,
+    config: FGDConfig,
+    settings: dict[str, Any] | None = None,
+) -> Report:
+    """Check teacher, student and data as ``fgd train`` would put them together.
+
+    Args:
+        teacher: weights file, or several.
+        model: the student, a ``YOLO`` or ``RTDETR`` object.
+        data: data yaml.
+        config: of the distillation.
+        settings: further ones of ``model.train()``: imgsz, batch, ...
+
+    Raises:
+        FileNotFoundError, DataError: teacher or data do not exist or cannot be read.
+        TeacherError: the teacher's file is no detector.
+        ConfigError: ``resume`` is given, or Ultralytics does not know one of the settings.
+        TaskError: the student's task has no boxes, or no masks where ``boxes_from`` is "masks".
+    """
+    settings = dict(settings or {})
+    if settings.get("resume"):
+        raise ConfigError("resume= makes no sense for a check-up; give the last.pt as model=.")
+    check_task(model, config.boxes_from)
+    files = as_list(teacher)
+    modules = load_teachers(files)
+    try:
+        for module in modules:
+            check_finite(module)
+            check_apart(model.model, module)
+    except TeacherError as error:
+        return Report((Finding("red", "teacher", str(error), "Use another teacher file."),))
+    measured: dict[str, Any] = {key: settings[key] for key in ("imgsz", "batch", "device") if key in settings}
+    if not isinstance(measured.get("batch", 1), int) or measured.get("batch", 1) < 1:
+        del measured["batch"]  # Ultralytics' automatic batch
+    trained = str(getattr(model, "ckpt_path", None) or "") if getattr(model, "ckpt", None) else ""
+    with quiet_ultralytics():
+        # first, since it knows misspelt settings
+        named = named_config(config, teacher)
+        findings = _examine(model, modules, files, named, {**settings, "data": data})
+        quality = [check_quality(str(file), trained or None, data, measured) for file in files]
+    return Report((*quality, *findings))
+
+
+def _examine(
+    model: Any, teachers: Sequence[nn.Module], files: Sequence[str | Path], config: FGDConfig, settings: dict[str, Any]
+) -> list[Finding]:
+    """Let Ultralytics build a training, and examine the distillation where it would begin."""
+    config = dataclasses.replace(config, log_interval=0)
+    base = model.task_map[model.task]["trainer"]
+    found: list[Finding] = []
+
+    def run_callbacks(self: Any, event: str) -> None:
+        """Instead of all callbacks, also those of loggers, which would record a run."""
+        if event == "on_train_start":
+            line, expected = inherit_into(self, teachers[0], config.inherit)
+            text = line or "The student begins with the weights that it has."
+            found.append(Finding("green" if expected else "yellow", "start", text))
+            try:
+                run = TrainingRun(self, fuse_files(teachers, files, config.teacher), config)
+            except ConfigError:
+                raise
+            except (TapError, ValueError) as error:
+                found.append(Finding("red", "levels", str(error), "Choose a teacher or taps whose levels fit."))
+                raise _Examined from None
+            try:
+                found.extend(_check(self, run))
+            finally:
+                run.remove()
+            raise _Examined
+
+    trainer = type("ExaminedTrainer", (base,), {"run_callbacks": run_callbacks})
+    settings = {key: value for key, value in settings.items() if key not in OURS or key == "device"}
+    with tempfile.TemporaryDirectory(prefix="fgd_doctor_") as folder:
+        try:
+            model.train(
+                trainer=trainer, project=folder, name="doctor", amp=False, plots=False, verbose=False, **settings
+            )
+        except _Examined:
+            pass
+        except SyntaxError as error:  # Ultralytics' own word for an unknown key
+            raise ConfigError(str(error)) from error
+    return found
+
+
+def _check(trainer: Any, run: TrainingRun) -> list[Finding]:
+    """Examine one real training batch in a trainer that is set up."""
+    trainer.model.train()
+    batch = trainer.preprocess_batch(next(iter(trainer.train_loader)))
+    run.distiller.set_epoch(0, trainer.epochs)
+
+    def loss() -> Tensor:
+        total: Tensor = trainer.model(batch)[0].sum() / images_counted(run.model, batch["img"])  # as the distillation's
+        return total
+
+    report = diagnose(run.distiller, batch["img"], run.boxes_of(batch), loss=loss, optimizer=run.optimizer)
+    cost = extra_cost(run.distiller, trainer.batch_size, int(trainer.args.imgsz))
+    return [Finding("green", "cost", f"{cost}."), *report.findings]
+
+
+def check_quality(teacher: str, student: str | None, data: str, settings: dict[str, Any]) -> Finding:
+    """Whether the teacher detects on the user's own validation images, and better than the student.
+
+    Args:
+        teacher: weights file.
+        student: the same, None where it is not trained yet.
+        data: data yaml.
+        settings: imgsz, batch, device.
+
+    Raises:
+        FileNotFoundError, DataError: the data cannot be read.
+    """
+    name = "teacher's mAP"
+    try:
+        result = evaluate(teacher, data, limit=EVALUATED, **settings)
+    except (DataError, ModuleNotFoundError) as error:  # the latter: YOLO-World and YOLOE without their text encoder
+        mend = "Well if the teacher has other classes or another task; else train it on this data and look at its mAP."
+        return Finding("yellow", name, f"It could not be measured: {error}.", mend)
+    theirs = result.map50_95 or 0.0  # None only where the images have no box, which evaluate() refuses
+    values = {"teacher": theirs}
+    found = f"mAP50-95 of the teacher on {result.images} validation images: {100 * theirs:.1f}"
+    own = None
+    if student is not None:
+        try:
+            own = evaluate(student, data, limit=EVALUATED, **settings).map50_95 or 0.0
+            values["student"] = own
+            found += f", of the student as it is {100 * own:.1f}"
+        except DataError:
+            found += "; the student was trained on other classes"
+    found += "."
+    train_first = "Train the teacher on this data first, or use one that was; a weak teacher teaches its errors."
+    if theirs < NOTHING:
+        return Finding("red", name, f"{found} It finds next to nothing.", train_first, values)
+    if own is not None and own > theirs + NOISE:
+        mend = "Use a better teacher (bigger, or trained longer); were the two files swapped?"
+        return Finding("red", name, f"{found} The student is better than the teacher.", mend, values)
+    if own is not None and own > theirs - NOISE:
+        mend = "Use a better teacher (bigger, or trained longer); this one has little to teach."
+        return Finding("yellow", name, f"{found} The teacher is no better than the student.", mend, values)
+    if theirs < WEAK:
+        return Finding("yellow", name, f"{found} That is weak.", train_first, values)
+    return Finding("green", name, found, "", values)

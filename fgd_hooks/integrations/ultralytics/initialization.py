@@ -1,0 +1,134 @@
+"""The inheriting strategy in an Ultralytics training: model, optimizer and EMA exist already, so it copies in place."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fgd_hooks.initialization.initialize import begin
+from fgd_hooks.initialization.neck_head import find_parts
+from fgd_hooks.initialization.weight_selection import is_untrained
+from fgd_hooks.utils.modules import unwrap
+from fgd_hooks.utils.preserve import RandomState
+
+MOST_IMAGES, MOST_PIXELS = 64, 2**23
+"""What the layers are fitted to (``inherit=fitted``); more pixels only if a batch of the training has more."""
+
+
+def yolo_parts(model: nn.Module) -> dict[str, list[str]]:
+    """Neck and head of an Ultralytics model by its architecture file, of any other detector by a probe.
+
+    The last layer is the head, the layers between the file's backbone and the head are the neck.
+
+    Returns:
+        ``{"neck": [...], "head": [...]}``, names of modules.
+    """
+    architecture, layers = getattr(model, "yaml", None), getattr(model, "model", None)
+    if not (isinstance(architecture, dict) and "backbone" in architecture and isinstance(layers, nn.Sequential)):
+        return find_parts(model, role="teacher")
+    last = len(layers) - 1
+    neck = [f"model.{number}" for number in range(len(architecture["backbone"]), last)]
+    return {"neck": neck, "head": [f"model.{last}"]}
+
+
+def inherit_into(trainer: Any, teacher: nn.Module, what: str | None) -> tuple[str, bool]:
+    """Copy the teacher's weights into the model of a trainer and into its EMA, on each rank alike.
+
+    The optimizer holds the same parameters, and no moments yet. Between models whose levels differ (P2, P6) nothing is
+    copied: their layers of one name serve different levels.
+
+    Args:
+        trainer: at ``on_pretrain_routine_end``, not resuming.
+        teacher: with its batch normalisations, not fused.
+        what: the setting ``inherit``, see :func:`fgd_hooks.initialization.initialize.begin`.
+
+    Returns:
+        One line on what was copied (empty where nothing was to be), and whether that is what was asked for.
+
+    Raises:
+        TapError: the levels of a teacher that is no Ultralytics model cannot be found.
+    """
+    student, teacher = unwrap(trainer.model), unwrap(teacher)
+    automatic = what == "auto"
+    if not what or (automatic and not is_untrained(student)):
+        return "", True
+    nothing = f"inherit={what}: nothing was inherited"
+    strides = [_strides(model) for model in (student, teacher)]
+    if None not in strides and strides[0] != strides[1]:
+        return f"{nothing}: the student's levels have the strides {strides[0]}, the teacher's {strides[1]}.", automatic
+    parts: list[dict[str, list[str]] | None] = [None, None]
+    if what not in ("auto", "channels", "fitted"):
+        found = [{part: yolo_parts(model)[part] for part in what.split("+")} for model in (student, teacher)]
+        if missing := [part for part, modules in found[1].items() if not modules]:
+            return f"{nothing}: no {missing[0]} was found in the teacher ({type(teacher).__name__}).", False
+        parts = [*found]
+
+    def images() -> Tensor:
+        teacher.to(trainer.device)  # where it is to teach, too
+        return some_images(trainer)
+
+    with _lent_texts(student, teacher):
+        result = begin(student, teacher, what, parts[0], parts[1], images)
+    if result is None:
+        return "", True
+    if trainer.ema:
+        values, averaged = student.state_dict(), unwrap(trainer.ema.ema).state_dict()
+        with torch.no_grad():
+            for name, value in values.items():
+                averaged[name].copy_(value)
+    unfitted = result.fitted is not None and not result.fitted.explained
+    return f"inherit={what}: {result.summary}.", (automatic or bool(result.copied)) and not unfitted
+
+
+def some_images(trainer: Any) -> Tensor:
+    """Images of the training set as the training shows them: (N, C, H, W) in [0, 1], the same in each call.
+
+    They come from a data set of their own, so that neither the training's random state nor its mosaic buffer moves; a
+    mosaic is made of these images alone. At most :data:`MOST_PIXELS` in all, or one batch of one process.
+    """
+    args, state = trainer.args, RandomState.now()
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.default_generator.manual_seed(args.seed)  # not those of GPUs, which nothing here draws from
+    trainer.args = copy.copy(args)
+    trainer.args.cache = trainer.args.rect = False
+    trainer.args.multi_scale = 0.0
+    try:
+        data = trainer.build_dataset(trainer.data["train"], mode="train", batch=trainer.batch_size)
+        batch = trainer.batch_size // max(1, trainer.world_size)
+        count = min(MOST_IMAGES, max(batch, MOST_PIXELS // args.imgsz**2))
+        samples = [data[number * len(data) // count] for number in range(count)]
+        try:  # the class's own method: whoever watches the batches of this trainer counts those of the training
+            found: Tensor = type(trainer).preprocess_batch(trainer, data.collate_fn(samples))["img"]
+            return found
+        except Exception:  # a trainer whose batches need more than the data set gives, such as YOLO-World's texts
+            return torch.stack([sample["img"] for sample in samples]).to(trainer.device).float() / 255
+    finally:
+        trainer.args = args
+        state.restore()
+
+
+@contextlib.contextmanager
+def _lent_texts(student: Any, teacher: Any) -> Iterator[None]:
+    """Inside, a YOLO-World student has its teacher's texts instead of the random ones of an untrained model."""
+    own, lent = getattr(student, "txt_feats", None), getattr(teacher, "txt_feats", None)
+    if own is None or lent is None:
+        yield
+        return
+    student.txt_feats = lent
+    try:
+        yield
+    finally:
+        student.txt_feats = own
+
+
+def _strides(model: nn.Module) -> list[int] | None:
+    stride = getattr(model, "stride", None)
+    return [int(each) for each in stride] if isinstance(stride, torch.Tensor) else None

@@ -1,0 +1,372 @@
+"""One Ultralytics training with distillation: what the callback installs and removes again."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import logging
+import os
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fgd_hooks.config import FGDConfig
+from fgd_hooks.diagnostics.tensorboard import distillation_scalars, write_layout, write_scalars
+from fgd_hooks.distiller import Distilled, Distiller
+from fgd_hooks.errors import CheckpointError
+from fgd_hooks.integrations.ultralytics.boxes import boxes_of, mask_boxes_of
+from fgd_hooks.integrations.ultralytics.compat import DistillingLoss, drop_loss, images_counted
+from fgd_hooks.integrations.ultralytics.monitor import (
+    AttentionWatch,
+    FirstLook,
+    announce,
+    changed_settings,
+    keep_settings,
+    save_settings,
+    write_epoch,
+    write_run,
+)
+from fgd_hooks.integrations.ultralytics.teacher import fast_dtype, with_score_taps
+from fgd_hooks.masks import PackedBoxes
+from fgd_hooks.taps.hooks import LiveHook, scrub
+from fgd_hooks.utils.checkpoint import adamw_state, check_count, read_side_file, remove_leftovers, write_side_file
+from fgd_hooks.utils.distributed import is_distributed
+from fgd_hooks.utils.modules import unwrap, version_numbers
+
+logger = logging.getLogger("ultralytics")  # the host's own console and log file
+
+
+SIDE_FILE = "last.fgd.pt"
+
+
+_SHORT = {"foreground": "fg", "background": "bg", "attention": "att", "global": "glob"}
+
+
+class _BatchSeen(LiveHook):
+    def __init__(self, run: TrainingRun) -> None:
+        self.run = run
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.run.batch_arrives(args[0] if args else None)
+
+
+class _LossAdded(LiveHook):
+    def __init__(self, run: TrainingRun) -> None:
+        self.run = run
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return self.run.add_loss(output)
+
+
+class TrainingRun:
+    """One training: the distiller, its optimizer, and the hooks on model and optimizer."""
+
+    def __init__(self, trainer: Any, teachers: Sequence[nn.Module], config: FGDConfig) -> None:
+        self.trainer = weakref.proxy(trainer)
+        self.config = config
+        self.model: nn.Module = unwrap(trainer.model)
+        self.batch: dict[str, Any] | None = None
+        self.distilled: Distilled | None = None
+        self.task_loss: Tensor | None = None
+        self.taught = False  # since the last step of the optimizer
+        self.gradient_norm = 0.0
+        self.ema_model = trainer.ema.ema if trainer.ema else None
+        self.handles: list[Any] = []
+        self.writer: Any = None
+        self.owns_writer = False
+        self.watch: AttentionWatch | None = None
+        self.trained_epoch = -1
+        self.last_metrics: dict[str, float] = {}
+        self.write_failed = False
+        self.compiled = bool(getattr(trainer.args, "compile", False))
+        if config.teacher.dtype == "auto" and not trainer.amp:
+            config = copy.deepcopy(config)
+            config.teacher.dtype = fast_dtype(trainer.device)
+        with torch.random.fork_rng(devices=[]):  # modules are made on the CPU; no GPU's generator is touched
+            torch.default_generator.manual_seed(trainer.args.seed)  # adapters start alike in every run, on every rank
+            teachers = [teacher.to(trainer.device) for teacher in teachers]
+            self.distiller = Distiller(self.model, teachers, with_score_taps(config, teachers))
+        self.distiller.taps.enabled = self.compiled
+        self.parallel: nn.Module = self.distiller
+        self.parameters = list(self.distiller.parameters())  # none with identity adapters and a loss without weights
+        self.first_look = FirstLook(self.distiller, self.parameters)
+        self.optimizer: torch.optim.AdamW | None = None
+        if self.parameters:
+            self.optimizer = torch.optim.AdamW(
+                self.parameters,
+                lr=config.optimizer.lr,
+                weight_decay=config.optimizer.weight_decay,
+                fused=trainer.device.type in ("cpu", "cuda"),  # one call instead of a dozen for each of 50 tensors
+            )
+
+    def install(self) -> None:
+        """Register the hooks, read the side file when resuming, open TensorBoard."""
+        trainer = self.trainer
+        try:
+            if is_first_rank():
+                remove_leftovers(Path(trainer.wdir) / SIDE_FILE)
+            if self.parameters and is_distributed():
+                # our parameters are outside the trainer's DDP; without one of their own the ranks would drift apart.
+                # A part with the weight 0 leaves its context block without gradient
+                unused = self.config.has_zero_weights
+                new = version_numbers(torch.__version__) >= (2, 13)  # the older name warns there, on each rank
+                buffers: Any = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+                self.parallel = nn.parallel.DistributedDataParallel(
+                    self.distiller, find_unused_parameters=unused, **buffers
+                )
+            if trainer.resume:
+                self.resume()
+            self.handles = [trainer.optimizer.register_step_post_hook(self.step)]
+            if self.compiled:
+                self.handles.append(DistillingLoss(self.model, self.add_loss_of))
+            else:
+                self.handles.append(self.model.register_forward_pre_hook(_BatchSeen(self)))
+                self.handles.append(self.model.register_forward_hook(_LossAdded(self)))
+            if is_first_rank():
+                if trainer.resume:
+                    self.compare_settings(Path(trainer.save_dir))
+                save_settings(self.config, Path(trainer.save_dir))
+                self.open_writer()
+        except BaseException:
+            self.remove()
+            raise
+        if is_first_rank():
+            batch = int(trainer.batch_size) // max(1, int(trainer.world_size))
+            announce(self.distiller, batch, int(trainer.args.imgsz))
+
+    def remove(self) -> None:
+        """Leave model, optimizer and teacher as they were found."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+        self.distiller.detach()
+        self.batch = self.distilled = self.task_loss = None
+        if self.owns_writer and self.writer is not None:
+            self.writer.close()
+        self.writer = self.watch = None
+
+    # the loss
+
+    def batch_arrives(self, batch: Any) -> None:
+        """Forward pre-hook of the model: remember a training batch and listen to the student's taps."""
+        self.batch = None
+        if isinstance(batch, dict) and self.model.training and torch.is_grad_enabled():
+            self.batch = batch
+            self.distiller.taps.enabled = True
+
+    def add_loss(self, output: Any) -> Any:
+        """Forward hook of the model: append the distillation loss to the loss vector and to its named items."""
+        batch, self.batch = self.batch, None
+        self.distiller.taps.enabled = False
+        return None if batch is None else self.add_loss_of(batch, output)
+
+    def add_loss_of(self, batch: Any, output: Any) -> Any:
+        """What the model gives for a training batch, its loss vector and named items, with the distillation's."""
+        task, items = output
+        images = batch["img"]
+        count = images_counted(self.model, images)
+        self.task_loss = task.detach().sum() / count  # per image, as the parts
+        boxes = self.boxes_of(batch)
+        distilled: Distilled = self.parallel(images, boxes, task_loss=self.task_loss)
+        self.taught = self.taught or (distilled.weight != 0 and not distilled.resting)
+        # what is kept must not hold the graph: after out of memory the next forward pass needs its place
+        loss = distilled.loss
+        distilled = dataclasses.replace(distilled, loss=loss.detach())
+        self.first_look.see(distilled, boxes)
+        if self.distilled is None or not distilled.resting:
+            self.distilled = distilled  # a step that rests goes on showing the last one's parts
+        # a YOLO loss is the sum over the images of a batch, its items are per image
+        extra = (loss * count).view(1).to(task.dtype)
+        named = {f"fgd_{_SHORT.get(part, part)}": value for part, value in self.distilled.parts.items()}
+        return torch.cat([task.view(-1), extra]), {**items, **named}
+
+    def boxes_of(self, batch: Mapping[str, Tensor]) -> PackedBoxes:
+        """The pixel boxes of a batch, from its labels or its masks as the configuration says."""
+        if self.config.boxes_from == "masks":
+            return mask_boxes_of(batch, bool(self.trainer.args.overlap_mask))
+        return boxes_of(batch)
+
+    def step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """After a step of the student's optimizer: step ours.
+
+        Not where nothing was distilled since the last step: under DDP the gradients are zeros then and not None, and
+        momentum would still move the adapters. Not where the gradient is not finite, ours or, found by a loss scaler
+        whose fused optimizer looks at that itself, the student's.
+        """
+        taught, self.taught = self.taught, False
+        if self.optimizer is None:
+            return
+        overflow = getattr(optimizer, "found_inf", None)
+        if not taught or (overflow is not None and bool(overflow)):
+            self.gradient_norm = 0.0
+            self.distiller.zero_grad()
+            return
+        scaler = self.trainer.scaler
+        scale = scaler.get_scale() if scaler.is_enabled() else 1.0
+        parameters = [p for p in self.parameters if p.grad is not None]
+        if scale != 1.0:
+            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1.0 / scale)
+        norm = float(nn.utils.clip_grad_norm_(parameters, self.config.optimizer.clip))
+        self.gradient_norm = norm
+        if norm < float("inf"):  # neither infinite nor NaN
+            group = optimizer.param_groups[0]
+            factor = group["lr"] / group["initial_lr"] if group.get("initial_lr") else 1.0
+            for own in self.optimizer.param_groups:
+                own["lr"] = self.config.optimizer.lr * factor
+            self.optimizer.step()
+        self.distiller.zero_grad()
+
+    def begin_epoch(self) -> None:
+        """Set the schedule's clock, and mend what an out-of-memory retry or a NaN recovery left behind."""
+        trainer = self.trainer
+        self.distiller.set_epoch(trainer.epoch, trainer.epochs)
+        self.distiller.taps.clear()
+        self.distiller.balance.forget()
+        self.batch = self.task_loss = self.first_look.seen = None
+        self.drop_stale_gradients()
+        ema = trainer.ema.ema if trainer.ema else None
+        if ema is not None and ema is not self.ema_model:
+            # NaN recovery made the EMA anew, as a copy of the hooked model, and went back to the last checkpoint
+            scrub(ema)
+            drop_loss(ema)
+            self.ema_model = ema
+            with contextlib.suppress(FileNotFoundError):
+                self.load(trainer.wdir / SIDE_FILE)
+            self.distiller.zero_grad()
+
+    def end_epoch(self) -> None:
+        """Take in a measurement that the epoch's last step began; all ranks come here, before one of them saves."""
+        self.distiller.balance.close()
+        self.trained_epoch = self.trainer.epoch
+
+    def drop_stale_gradients(self) -> None:
+        """Clear our gradients where the host has cleared its own without a step (a scaler's skip, out of memory)."""
+        if any(p.grad is not None for p in self.parameters) and all(p.grad is None for p in self.model.parameters()):
+            self.distiller.zero_grad()
+
+    # the side file
+
+    def save(self) -> None:
+        """Write the side file next to last.pt (rank 0)."""
+        content = {
+            "epoch": int(self.trainer.epoch),
+            "distiller": self.distiller.training_state(),
+            "optimizer": self.optimizer.state_dict() if self.optimizer else {},
+        }
+        try:
+            write_side_file(self.trainer.wdir / SIDE_FILE, content)
+        except OSError as error:
+            if not self.write_failed:  # said once, and not in each epoch of a full disk
+                logger.warning(
+                    "FGD: %s could not be written (%s); the training goes on, and each epoch tries again.",
+                    SIDE_FILE,
+                    error,
+                )
+            self.write_failed = True
+            return
+        if self.write_failed:
+            logger.info("FGD: %s is written again.", SIDE_FILE)
+        self.write_failed = False
+
+    def load(self, path: Path) -> int:
+        """Read a side file; returns its epoch.
+
+        Raises:
+            FileNotFoundError: there is none.
+            CheckpointError: it is damaged or belongs to another distillation; nothing is changed then.
+        """
+        content = read_side_file(path)
+        try:
+            epoch = check_count("epoch", content.get("epoch"))
+            own = adamw_state(self.optimizer, content.get("optimizer")) if self.optimizer else None
+            self.distiller.load_training_state(content.get("distiller", {}))
+        except ValueError as error:
+            raise CheckpointError(f"{path} does not fit this training: {error}") from error
+        if self.optimizer is not None and own is not None:
+            self.optimizer.load_state_dict(own)
+        return epoch
+
+    def resume(self) -> None:
+        """Go on from the side file next to the checkpoint that is resumed."""
+        path = Path(str(self.trainer.args.resume)).parent / SIDE_FILE
+        if not path.is_file():
+            logger.warning("FGD: there is no %s; adapters and balance start anew.", path)
+            return
+        epoch = self.load(path)
+        logger.info("FGD: adapters and balance go on from %s (epoch %d).", path, epoch + 1)
+        if epoch != self.trainer.start_epoch - 1:
+            logger.warning(
+                "FGD: %s is of epoch %d, the checkpoint of epoch %d.", path, epoch + 1, self.trainer.start_epoch
+            )
+
+    def compare_settings(self, folder: Path) -> None:
+        """Say with which other settings a resumed training was begun, and keep them before they are overwritten."""
+        changed = changed_settings(self.config, folder)
+        if changed:
+            texts = [f"{key}={was} (now {now})" for key, (was, now) in changed.items()]
+            logger.warning(
+                "FGD: this training was begun with %s. To go on as it was begun, resume it with config=%s.",
+                ", ".join(texts),
+                keep_settings(folder),
+            )
+
+    # TensorBoard
+
+    def open_writer(self) -> None:
+        """Use Ultralytics' writer where it has one, else one of our own in the same directory (rank 0 only)."""
+        if self.config.log_interval == 0:
+            return
+        from ultralytics.utils.callbacks import tensorboard
+
+        self.writer = getattr(tensorboard, "WRITER", None)
+        if self.writer is None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                logger.warning("FGD: tensorboard is not installed; its scalars are not written.")
+                return
+            self.writer, self.owns_writer = SummaryWriter(str(self.trainer.save_dir)), True
+        write_layout(self.writer, self.distiller.level_names)
+        dataset = self.trainer.test_loader.dataset
+        self.watch = AttentionWatch(self.distiller, dataset, self.boxes_of, self.config.image_interval)
+
+    def end_batch(self) -> None:
+        """Write this step's scalars; the axis is the number of training steps."""
+        self.drop_stale_gradients()
+        self.first_look.look(self.gradient_norm)
+        clock = self.distiller.clock
+        if self.writer is None or self.distilled is None or (clock.step - 1) % self.config.log_interval:
+            return
+        task_loss = float(self.task_loss) if self.task_loss is not None else None
+        scalars = distillation_scalars(self.distiller, self.distilled, task_loss)
+        scalars["fgd/adapter_gradient_norm"] = self.gradient_norm
+        write_scalars(self.writer, scalars, clock.step - 1)
+
+    def log_epoch(self) -> None:
+        """Write Ultralytics' own scalars of the epoch where it writes none itself; the axis is the epoch."""
+        trainer = self.trainer
+        if trainer.epoch == self.trained_epoch:  # Ultralytics comes here once more, one epoch on, with best.pt
+            self.last_metrics = dict(trainer.metrics or {})
+            if self.writer is not None:
+                write_epoch(self.writer, trainer)
+            if self.watch is not None:
+                student = trainer.ema.ema if trainer.ema else self.model
+                self.watch.write(self.writer, student, trainer.epoch, last=trainer.stop)
+        if self.owns_writer and self.writer is not None and trainer.tloss is not None:
+            host = {**trainer.label_loss_items(trainer.tloss), **(trainer.metrics or {}), **trainer.lr}
+            write_scalars(self.writer, {name: float(value) for name, value in host.items()}, trainer.epoch + 1)
+
+    def log_run(self) -> None:
+        """At the end of a training: write the run's row of TensorBoard's table of hyper-parameters (rank 0)."""
+        if self.writer is not None:
+            write_run(self.writer, self.trainer, self.config, self.last_metrics)
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that writes files."""
+    return int(os.environ.get("RANK", -1)) <= 0

@@ -1,0 +1,307 @@
+"""Feature taps: forward hooks that capture one tensor each, and the early exit of a forward pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from fgd_hooks.errors import LayoutError, TapError
+from fgd_hooks.taps.tap import Size, Tap, describe, expand_taps, replaced
+from fgd_hooks.utils.modules import unwrap
+
+
+class StopForward(BaseException):
+    """Raised by a tap to leave a forward pass early; caught by :func:`run_until_tapped`.
+
+    Derived from BaseException so that no ``except Exception`` inside a model swallows it.
+    """
+
+
+def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a module is called with: its first positional argument, else its first keyword argument, else None."""
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+class LiveHook:
+    """Base of every hook that this library registers: a copy of it does nothing.
+
+    A copy made by ``deepcopy`` or ``pickle`` (of the hooked model) becomes a method of the standard library that
+    accepts any arguments and returns None, so a copied or saved model carries no features and needs no fgd_hooks.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+def scrub(model: nn.Module) -> int:
+    """Remove what copies of our hooks left in a copied model; returns how many there were."""
+    removed = 0
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), contextlib.nullcontext):
+                    del hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+                    removed += 1
+    return removed
+
+
+class _Hook(LiveHook):
+    """Hands what a module received or returned to the taps that look at it."""
+
+    def __init__(self, owner: FeatureTaps, members: list[int], io: str) -> None:
+        self.owner = owner
+        self.members = members
+        self.io = io
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], value: Any) -> Any:
+        """Called by torch as a forward pre-hook (``value``: keyword arguments) or as a forward hook (the output)."""
+        if not self.owner.listening:
+            return None
+        seen = value if self.io == "output" else first_argument(args, value)
+        given = self.owner._capture(self.members, seen)
+        if given is seen:
+            return None
+        if self.io == "output":
+            return given
+        return ((given, *args[1:]), value) if args else (args, {**value, next(iter(value)): given})
+
+
+class _ImagesSeen(LiveHook):
+    """Forward pre-hook of a module that images go into: keeps their (h, w), which the grid of tokens depends on."""
+
+    def __init__(self, owner: FeatureTaps, name: str) -> None:
+        self.owner = owner
+        self.name = name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        images = first_argument(args, kwargs)
+        if isinstance(images, Tensor) and images.ndim >= 3:
+            self.owner._sizes[self.name] = (int(images.shape[-2]), int(images.shape[-1]))
+
+
+class _NormOfGradient(torch.autograd.Function):
+    """The identity; the norm of the gradient that comes back arrives as the gradient of ``meter``, a scalar."""
+
+    @staticmethod
+    def forward(ctx: Any, feature: Tensor, meter: Tensor) -> Tensor:
+        return feature.view_as(feature)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return gradient, torch.linalg.vector_norm(gradient, dtype=torch.float32)
+
+
+class GradientMeter:
+    """The norm of a gradient inside compiled code, taken out in the backward pass.
+
+    Args:
+        device: of the gradient.
+
+    Attributes:
+        scalar: goes into :class:`_NormOfGradient`.
+        norm: () of the last backward pass, in memory of its own (that of a CUDA graph is used again); None before.
+    """
+
+    def __init__(self, device: torch.device | None) -> None:
+        self.scalar = torch.zeros((), device=device, requires_grad=True)
+        self.norm: Tensor | None = None
+        self.scalar.register_post_accumulate_grad_hook(self._take)
+
+    def _take(self, scalar: Tensor) -> None:
+        if scalar.grad is not None:
+            self.norm = scalar.grad.detach().clone()
+        scalar.grad = None
+
+
+class _Meter(LiveHook):
+    """Forward hook, only for a compiled model, of the module that a tapped feature comes from.
+
+    Inside a compiled graph a feature is no tensor of its own: no hook on it sees the gradient of the layers behind.
+    """
+
+    def __init__(self, owner: FeatureTaps, meter: GradientMeter) -> None:
+        self.owner = owner
+        self.meter = meter
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if torch.compiler.is_compiling() and self.owner.listening:
+            return _NormOfGradient.apply(output, self.meter.scalar)  # type: ignore[no-untyped-call]
+        return None
+
+
+class FeatureTaps:
+    """Captures the feature maps of several taps of one model, batch by batch.
+
+    Args:
+        model: the model; DDP, DataParallel and compile wrappers are looked through.
+        taps: resolved taps (see :func:`expand_taps`), in the order in which :meth:`pop` returns their features.
+        role: "student" or "teacher", for error messages.
+        grad_only: capture only while gradients are recorded. A student is validated under ``no_grad``, and its
+            features must then not be kept.
+        stop: leave the forward pass, by :class:`StopForward`, as soon as every tap has fired.
+        sources: for each tap the module that returns the map, if one does (see ``pyramid.find_sources``). While
+            compiled code runs, ``meters[k].norm`` is the norm of the gradient there in the last backward pass.
+
+    The hooks are registered at once and stay until :meth:`detach`. Features captured are handed out once, by
+    :meth:`pop`, and forgotten.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        taps: Sequence[Tap],
+        *,
+        role: str = "model",
+        grad_only: bool = False,
+        stop: bool = False,
+        sources: Sequence[str | None] = (),
+    ) -> None:
+        self.taps = list(taps)
+        self.role = role
+        self.enabled = True
+        self._grad_only = grad_only
+        self._stop = stop
+        self._features: dict[int, Tensor] = {}
+        self._sizes: dict[str, Size] = {}
+        self._handles: list[Any] = []
+        modules = dict(unwrap(model).named_modules())
+        groups: dict[tuple[str, str], list[int]] = {}
+        for position, tap in enumerate(self.taps):
+            if tap.module not in modules:
+                expand_taps(model, [tap])  # raises with the nearest names
+            groups.setdefault((tap.module, tap.io), []).append(position)
+        for (name, io), members in groups.items():
+            hook = _Hook(self, members, io)
+            if io == "input":
+                self._handles.append(modules[name].register_forward_pre_hook(hook, with_kwargs=True))
+            else:
+                self._handles.append(modules[name].register_forward_hook(hook))
+        for name in {tap.layout.images for tap in self.taps if tap.layout and tap.layout.cell}:
+            watch = _ImagesSeen(self, name)
+            self._handles.append(modules[name].register_forward_pre_hook(watch, with_kwargs=True, prepend=True))
+        device = next((parameter.device for parameter in unwrap(model).parameters()), None)
+        self.meters: list[GradientMeter | None] = []
+        for source in sources:
+            if source is None:
+                self.meters.append(None)
+                continue
+            meter = GradientMeter(device)
+            self.meters.append(meter)
+            # before the hooks that capture: what they see has passed the meter
+            self._handles.append(modules[source].register_forward_hook(_Meter(self, meter), prepend=True))
+
+    @property
+    def listening(self) -> bool:
+        """Whether a forward pass that ran now would be captured."""
+        return self.enabled and (not self._grad_only or torch.is_grad_enabled())
+
+    def _capture(self, members: list[int], value: Any) -> Any:
+        """Keep the maps of some taps; returns what the model shall go on with."""
+        for position in members:
+            feature = self._pick(position, value)
+            layout = self.taps[position].layout
+            if layout is None:
+                self._check_map(position, feature)
+                self._features[position] = feature
+                continue
+            try:
+                self._features[position] = layout.to_map(feature, self._sizes.get(layout.images))
+            except LayoutError as error:
+                self._complain(position, f"it saw {describe(feature)}; {error}")
+            if self._grad_only:
+                # a student goes on from the map itself: the gradient of its task is then that of the map, too
+                again = layout.from_map(self._features[position], feature)
+                value = replaced(value, self.taps[position].index, again)
+        if self._stop and len(self._features) == len(self.taps):
+            raise StopForward
+        return value
+
+    def _pick(self, position: int, value: Any) -> Any:
+        for key in self.taps[position].index:
+            try:
+                value = value[key]
+            except (KeyError, IndexError, TypeError):
+                self._complain(position, f"there is no entry [{key}] in {describe(value)}")
+        if not isinstance(value, Tensor):
+            self._check_map(position, value)
+        return value
+
+    def _check_map(self, position: int, value: Any) -> None:
+        if not isinstance(value, Tensor) or value.ndim != 4:
+            self._complain(position, f"it saw {describe(value)}; expected a feature map of shape (N, C, H, W)")
+
+    def _complain(self, position: int, reason: str) -> NoReturn:
+        self._features.clear()
+        raise TapError(f"The {self.role}'s tap {self.taps[position]} cannot be used: {reason}.")
+
+    def pop(self) -> list[Tensor]:
+        """The features (N, C, H, W) captured since the last call, in the order of the taps, and forget them.
+
+        Raises:
+            TapError: a tap did not fire.
+        """
+        features, self._features = self._features, {}
+        missing = [str(tap) for position, tap in enumerate(self.taps) if position not in features]
+        if missing:
+            raise TapError(
+                f"The {self.role}'s tap(s) {', '.join(missing)} did not fire. Either the {self.role}'s forward pass "
+                f"did not run before this call{' with gradients enabled' if self._grad_only else ''}, or it does not "
+                "pass through the tapped module. A student under torch.compile that ran before the taps were set "
+                "goes on without them: make the Distiller before the first compiled call, or call "
+                "torch.compiler.reset() after it."
+            )
+        return [features[position] for position in range(len(self.taps))]
+
+    @property
+    def captured(self) -> list[Tensor | None]:
+        """What :meth:`pop` would hand out now; None for a tap that has not fired."""
+        return [self._features.get(position) for position in range(len(self.taps))]
+
+    def clear(self) -> None:
+        """Forget what was captured."""
+        self._features.clear()
+
+    def detach(self) -> None:
+        """Remove all hooks and forget what was captured. May be called again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._features.clear()
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Listen inside this block, and go back to what was captured before at its end."""
+        enabled, features = self.enabled, self._features
+        self.enabled, self._features = True, {}
+        try:
+            yield
+        finally:
+            self.enabled, self._features = enabled, features
+
+    @contextlib.contextmanager
+    def only_here(self) -> Iterator[None]:
+        """Listen inside this block alone (a teacher that its owner also calls elsewhere)."""
+        self.enabled = True
+        try:
+            yield
+        finally:
+            self.enabled = False
+
+    def __enter__(self) -> FeatureTaps:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.detach()
+
+
+def run_until_tapped(model: nn.Module, taps: FeatureTaps, *args: Any) -> list[Tensor]:
+    """Call ``model(*args)`` and return the tapped features; the pass ends after the last tap if ``taps`` stop it."""
+    taps.clear()
+    with contextlib.suppress(StopForward):
+        model(*args)
+    return taps.pop()

@@ -1,0 +1,63 @@
+"""Small helpers on modules, their tensors and gradients."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module inside DataParallel, DistributedDataParallel and ``torch.compile`` wrappers."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and persistent buffers that a module itself holds, without those of its children."""
+    tensors: dict[str, Tensor | None] = {**module._parameters}
+    tensors.update({k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set})
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def join(*names: str) -> str:
+    """The dotted name of these parts; empty ones are left out."""
+    return ".".join(name for name in names if name)
+
+
+def write_tensors(student: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Set parameters and buffers by name, in place; all can be changed, or none is.
+
+    Raises:
+        ValueError: the student was made in inference mode.
+    """
+    mine = all_tensors(student)
+    for name in values:
+        if mine[name].is_inference():
+            raise ValueError(f"The student's {name} was made in inference mode and cannot be changed; build it anew.")
+    with torch.no_grad():
+        for name, value in values.items():
+            mine[name].copy_(value)
+
+
+def all_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a model by name, shared ones under each of their names."""
+    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+
+
+def gradient_norm(gradients: Iterable[Tensor | None]) -> float:
+    """The norm of several gradients together; 0 where there is none."""
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients if g is not None]
+    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """``(2, 15, 0)`` for ``"2.15.0+cpu"``: the first three numbers in a version's text."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])

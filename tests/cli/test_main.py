@@ -1,0 +1,114 @@
+import json
+
+import pytest
+
+pytest.importorskip("ultralytics")
+
+from fgd_hooks.cli.main import main
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "140")
+
+
+def fails(capsys, *arguments):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert len(captured.err.strip().splitlines()) >= 1
+    return captured.err
+
+
+def test_levels_of_one_model(capsys):
+    assert main(["levels", "yolo26n.yaml"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "model.23" in line]
+    found = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
+    assert found == [
+        ["P3", "8", "64", "80x80", "model.23:input[0]"],
+        ["P4", "16", "128", "40x40", "model.23:input[1]"],
+        ["P5", "32", "256", "20x20", "model.23:input[2]"],
+    ]
+
+
+def test_levels_of_a_pair(capsys):
+    assert main(["levels", "yolo26n.yaml", "yolo26-p2.yaml", "--imgsz", "320"]) == 0
+    out = capsys.readouterr().out
+    assert "not distilled" in next(line for line in out.splitlines() if "P2" in line and "│" in line)
+    assert "conv1x1" not in next(line for line in out.splitlines() if "│ P3" in line), "equal channels"
+
+
+def test_levels_without_a_common_one_and_of_a_missing_file(capsys):
+    assert "nowhere.pt" in fails(capsys, "levels", "nowhere.pt")
+
+
+def test_levels_of_a_python_path(capsys):
+    assert main(["levels", "tests.helpers.tiny:TinyDetector", "yolo26n.yaml", "--imgsz", "64"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "model.23" in line]
+    found = [[cell.strip() for cell in line.split("│")[1:5]] for line in lines]
+    assert found == [["P3", "8", "8", "64"], ["P4", "16", "12", "128"], ["P5", "32", "16", "256"]]
+    assert "'TinyDetector'" in fails(capsys, "levels", "tests.helpers.tiny:TinyDetecter")
+    assert "no multiple" in fails(capsys, "levels", "tests.helpers.tiny:TinyDetector", "--imgsz", "100")
+
+
+def test_train_asks_for_what_is_missing(capsys):
+    assert "teacher= is missing" in fails(capsys, "train", "model=yolo26n.yaml")
+    assert "model= is missing" in fails(capsys, "train", "teacher=t.pt")
+    assert "key=value" in fails(capsys, "train", "teacher")
+    assert "twice" in fails(capsys, "train", "teacher=a.pt", "teacher=b.pt")
+
+
+def test_train_names_a_misspelt_key_of_ours(capsys):
+    message = fails(capsys, "train", "teacher=t.pt", "model=yolo26n.yaml", "fgd.balance.ratoi=1")
+    assert "balance.ratoi" in message
+    assert "'balance.ratio'" in message
+
+
+def test_train_names_missing_files(capsys):
+    common = ["train", "teacher=t.pt", "model=yolo26n.yaml"]
+    assert "nowhere.yaml" in fails(capsys, *common, "data=nowhere.yaml")
+    assert "mine.yaml" in fails(capsys, *common, "config=mine.yaml")
+    assert "t.pt" in fails(capsys, *common, "data=coco8.yaml")
+
+
+def test_eval_asks_for_data_and_names_a_misspelt_key(capsys):
+    assert "data= is missing" in fails(capsys, "eval", "m.pt")
+    assert "'split'" in fails(capsys, "eval", "m.pt", "data=d.yaml", "splitt=val")
+
+
+def test_no_command_prints_the_usage(capsys):
+    with pytest.raises(SystemExit):
+        main([])
+    assert "quickstart" in capsys.readouterr().err
+
+
+def test_train_levels_and_eval_of_a_real_run(teacher_file, student_yaml, data, tmp_path, capsys):
+    arguments = [
+        "train",
+        f"teacher={teacher_file}",
+        f"model={student_yaml}",
+        f"data={data}",
+        "epochs=1",
+        "imgsz=64",
+        "batch=4",
+        "plots=False",
+        "device=cpu",
+        f"project={tmp_path}",
+        "name=run",
+        "fgd.balance.ratio=2",
+    ]
+    assert main(arguments) == 0
+    last = tmp_path / "run" / "weights" / "last.pt"
+    assert last.with_suffix(".fgd.pt").is_file()
+    header = (tmp_path / "run" / "results.csv").read_text().splitlines()[0]
+    assert "train/fgd_fg" in header
+    capsys.readouterr()
+    assert main(["eval", str(last), f"data={data}", "imgsz=64", "--json", "metrics.json"]) == 0
+    assert "mAP50-95" in capsys.readouterr().out
+    assert 0 <= json.loads((tmp_path / "metrics.json").read_text())["map50_95"] <= 1
+
+
+def test_train_passes_unknown_keys_on_to_ultralytics(teacher_file, student_yaml, data, capsys):
+    message = fails(capsys, "train", f"teacher={teacher_file}", f"model={student_yaml}", f"data={data}", "epchs=1")
+    assert "epchs" in message
+    assert "epochs" in message

@@ -1,0 +1,19 @@
+"""What reports share."""
+
+from fgd_hooks.evaluation.reporting import Curve, draw_curves, markdown_table, spread
+
+
+def test_spread():
+    assert spread([1.0]) == "1.0"
+    assert spread([1.0, 3.0, 5.0]) == "3.0 ± 2.0"
+    assert spread([1.0, 2.0], digits=0) == "2 ± 1"
+
+
+def test_markdown_table():
+    assert markdown_table(("a", "b"), [("x|y", "1")]) == ["| a | b |", "|---|--:|", "| x\\|y | 1 |"]
+
+
+def test_curves_with_one_point_none_and_a_reference(tmp_path):
+    curves = [Curve("one", [5], [[1.0], [2.0]]), Curve("none", [], []), Curve("many", [1, 2], [[1.0, 2.0]])]
+    draw_curves(curves, tmp_path / "c.png", title="t", ylabel="y", reference=("teacher", 3.0))
+    assert (tmp_path / "c.png").stat().st_size > 1000
