@@ -18,7 +18,7 @@ from torch import nn
 from fgd_hooks import Distiller
 from fgd_hooks.evaluation.coco_metrics import CocoMetrics, percent
 from fgd_hooks.evaluation.runs import MAP, MAP50
-from fgd_hooks.utils.checkpoint import read_side_file, write_side_file
+from fgd_hooks.utils.checkpoint import LAST_CHECKPOINT, read_checkpoint, write_checkpoint
 
 Row = dict[str, float]
 
@@ -66,7 +66,7 @@ def save_state(parts: Mapping[str, Any], rows: Sequence[Row], distiller: Distill
     states = {name: part.state_dict() for name, part in parts.items()}
     own = {name: states.pop(name) for name in parts if name.startswith("fgd.")}
     if distiller is not None:
-        write_side_file(folder / "last.fgd.pt", {**own, "distiller": distiller.training_state(), "epoch": len(rows)})
+        write_checkpoint(folder / LAST_CHECKPOINT, {**own, "distiller": distiller.training_state(), "epoch": len(rows)})
     save_atomically({**states, "rows": list(rows)}, folder / "last.pt")
 
 
@@ -83,9 +83,9 @@ def load_state(parts: Mapping[str, Any], distiller: Distiller | None, folder: Pa
     saved = torch.load(file, map_location="cpu", weights_only=True)
     rows: list[Row] = saved["rows"]
     if distiller is not None:
-        side = read_side_file(folder / "last.fgd.pt")
+        side = read_checkpoint(folder / LAST_CHECKPOINT)
         if side["epoch"] != len(rows):
-            raise ValueError(f"{file} is of epoch {len(rows)}, last.fgd.pt beside it of epoch {side['epoch']}.")
+            raise ValueError(f"{file} is of epoch {len(rows)}, {LAST_CHECKPOINT} beside it of epoch {side['epoch']}.")
         distiller.load_training_state(side["distiller"])
         saved |= side
     for name, part in parts.items():

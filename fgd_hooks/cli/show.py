@@ -20,10 +20,9 @@ from fgd_hooks.evaluation.dataset import EvalData, TrueImage, load_letterboxed, 
 from fgd_hooks.evaluation.evaluate import data_file, load_detector
 from fgd_hooks.evaluation.readers import read_data
 from fgd_hooks.integrations.ultralytics.monitor import SETTINGS_FILE
-from fgd_hooks.integrations.ultralytics.session import SIDE_FILE
 from fgd_hooks.integrations.ultralytics.teacher import fuse_files, load_teachers, with_score_taps
 from fgd_hooks.pairing import signature
-from fgd_hooks.utils.checkpoint import read_side_file
+from fgd_hooks.utils.checkpoint import LAST_CHECKPOINT, read_checkpoint
 from fgd_hooks.utils.registry import suggestion
 
 Sample = tuple[str, Tensor, Tensor]
@@ -92,7 +91,7 @@ def show(
         config = recorded
     settings = load_config(config, overrides)
     file = _side_file(Path(student))
-    state = read_side_file(file).get("distiller", {}) if file else {}
+    state = read_checkpoint(file).get("distiller", {}) if file else {}
     if file:
         settings.adapter = state.get("adapter", settings.adapter)
         # "P3-teacher2-cwd: stride ..." is of the level P3
@@ -106,8 +105,8 @@ def show(
             adapters = f"Adapters from {file}."
         elif any(True for _ in distiller.adapters.parameters()):
             adapters, adapted = (
-                f"There is no {SIDE_FILE} beside {student}, so no trained adapters: the sheets show the student's own "
-                "feature maps, and channels of the teacher only.",
+                f"There is no {LAST_CHECKPOINT} beside {student}, so no trained adapters: the sheets show the "
+                "student's own feature maps, and channels of the teacher only.",
                 False,
             )
         stride = max(pair.student.stride for pair in distiller.pairs)
@@ -163,7 +162,7 @@ def load_adapters(distiller: Distiller, state: dict[str, Any], file: Path) -> No
 
 def _side_file(student: Path) -> Path | None:
     """The side file beside a student's weights; that of best.pt is the one of last.pt."""
-    for name in (f"{student.stem}.fgd.pt", SIDE_FILE):
+    for name in (f"{student.stem}.fgd.pt", LAST_CHECKPOINT):
         if (student.parent / name).is_file():
             return student.parent / name
     return None

@@ -21,6 +21,9 @@ from torch import Tensor
 
 from fgd_hooks.errors import CheckpointError
 
+LAST_CHECKPOINT = "last.fgd.pt"
+"""Name of the file beside a host's ``last.pt``."""
+
 FORMAT = 1
 
 
@@ -43,7 +46,7 @@ _NAMES |= {f"torch {kind}Storage" for kind in ("Float", "Double", "Half", "BFloa
 _FORBIDDEN = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID"}
 
 
-def write_side_file(path: Path, content: Mapping[str, Any]) -> None:
+def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Write tensors, numbers, texts and containers of them, atomically.
 
     What an earlier write left behind when its process was killed is removed.
@@ -75,8 +78,8 @@ def remove_leftovers(path: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def read_side_file(path: Path) -> dict[str, Any]:
-    """Read what :func:`write_side_file` wrote, onto the CPU.
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read what :func:`write_checkpoint` wrote, onto the CPU.
 
     Raises:
         FileNotFoundError: there is none.

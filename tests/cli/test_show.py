@@ -11,9 +11,8 @@ from fgd_hooks.diagnostics.attention import attention_distances, attention_sheet
 from fgd_hooks.errors import CheckpointError
 from fgd_hooks.evaluation.dataset import load_sample
 from fgd_hooks.evaluation.readers import read_data
-from fgd_hooks.integrations.ultralytics.session import SIDE_FILE
 from fgd_hooks.integrations.ultralytics.teacher import fused, load_teacher
-from fgd_hooks.utils.checkpoint import read_side_file, write_side_file
+from fgd_hooks.utils.checkpoint import LAST_CHECKPOINT, read_checkpoint, write_checkpoint
 from tests.conftest import SETTINGS
 
 
@@ -49,7 +48,7 @@ def expected_distances(run, teacher_file, data, count):
     student = YOLO(str(run / "last.pt")).model.float()
     images = read_data(data).images[:count]
     with Distiller(student, fused(load_teacher(teacher_file)), {"adapter": "mlp"}) as distiller:
-        distiller.load_training_state(read_side_file(run / SIDE_FILE)["distiller"])
+        distiller.load_training_state(read_checkpoint(run / LAST_CHECKPOINT)["distiller"])
         sheets = []
         for image in images:
             pixels, boxes = load_sample(image, 64)
@@ -74,7 +73,7 @@ def test_adapters_come_from_the_side_file(run, teacher_file, data, quick):
     assert len(shown.files) == 12
     assert shown.distances == pytest.approx(expected_distances(run, teacher_file, data, 4), rel=1e-4)
     again = show(run / "best.pt" if (run / "best.pt").exists() else run / "last.pt", teacher_file, data, images=1)
-    assert SIDE_FILE in again.adapters
+    assert LAST_CHECKPOINT in again.adapters
 
 
 def test_without_a_side_file_it_says_so(run, teacher_file, data, tmp_path, capsys, quick):
@@ -88,9 +87,9 @@ def test_without_a_side_file_it_says_so(run, teacher_file, data, tmp_path, capsy
 
 def test_a_side_file_of_other_models_is_refused(run, teacher_file, data, tmp_path):
     shutil.copy(run / "last.pt", tmp_path / "last.pt")
-    content = read_side_file(run / SIDE_FILE)
+    content = read_checkpoint(run / LAST_CHECKPOINT)
     content["distiller"]["levels"] = [each.replace("channels", "Kanäle") for each in content["distiller"]["levels"]]
-    write_side_file(tmp_path / SIDE_FILE, content)
+    write_checkpoint(tmp_path / LAST_CHECKPOINT, content)
     with pytest.raises(CheckpointError, match=r"last\.fgd\.pt holds adapters for"):
         show("last.pt", teacher_file, data, images=1)
 

@@ -12,9 +12,8 @@ import pytest
 pytest.importorskip("ultralytics")
 
 from fgd_hooks import FGDCallback
-from fgd_hooks.integrations.ultralytics import session as ultralytics_run
-from fgd_hooks.integrations.ultralytics.session import SIDE_FILE
-from fgd_hooks.utils.checkpoint import read_side_file
+from fgd_hooks.integrations.ultralytics import checkpoint
+from fgd_hooks.utils.checkpoint import LAST_CHECKPOINT, read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,8 +65,8 @@ def test_killed_at_a_hundred_moments(tmp_path):
 
 
 def test_a_full_disk_is_said_once_and_the_training_goes_on(train, teacher_file, tmp_path, monkeypatch, host_log):
-    path = tmp_path / "run" / "weights" / SIDE_FILE
-    real, tried = ultralytics_run.write_side_file, []
+    path = tmp_path / "run" / "weights" / LAST_CHECKPOINT
+    real, tried = checkpoint.write_checkpoint, []
 
     def write(target, content):
         tried.append(content["epoch"])
@@ -75,9 +74,9 @@ def test_a_full_disk_is_said_once_and_the_training_goes_on(train, teacher_file, 
             raise OSError(errno.ENOSPC, "No space left on device")
         real(target, content)
 
-    monkeypatch.setattr(ultralytics_run, "write_side_file", write)
+    monkeypatch.setattr(checkpoint, "write_checkpoint", write)
     seen = []
-    look = ("on_fit_epoch_end", lambda trainer: seen.append(read_side_file(path)["epoch"]))
+    look = ("on_fit_epoch_end", lambda trainer: seen.append(read_checkpoint(path)["epoch"]))
     train(FGDCallback(teacher_file, log_interval=0), epochs=6, hooks=[look])
     assert tried == [0, 1, 2, 3, 4, 5]
     assert seen[:6] == [0, 0, 0, 3, 3, 5], "the file is whole at any time"
@@ -90,14 +89,14 @@ WRITE_TOO_MUCH = """
 import resource, signal, sys
 from pathlib import Path
 import torch
-from fgd_hooks.utils.checkpoint import write_side_file
+from fgd_hooks.utils.checkpoint import write_checkpoint
 
 path = Path(sys.argv[1])
-write_side_file(path, {"epoch": 1})
+write_checkpoint(path, {"epoch": 1})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
-    write_side_file(path, {"epoch": 2, "tensor": torch.zeros(100_000)})
+    write_checkpoint(path, {"epoch": 2, "tensor": torch.zeros(100_000)})
 except OSError:
     print("refused")
 """
@@ -106,10 +105,10 @@ except OSError:
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
 def test_a_write_that_really_fails_leaves_no_broken_file(tmp_path):
     """The kernel refuses to let a file grow beyond 4 kB."""
-    path = tmp_path / SIDE_FILE
+    path = tmp_path / LAST_CHECKPOINT
     assert run(["-c", WRITE_TOO_MUCH], path).strip() == "refused"
-    assert read_side_file(path)["epoch"] == 1
-    assert [file.name for file in tmp_path.iterdir()] == [SIDE_FILE]
+    assert read_checkpoint(path)["epoch"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == [LAST_CHECKPOINT]
 
 
 @forks

@@ -13,7 +13,7 @@ from fgd_hooks import Distiller
 from fgd_hooks.config import FGDConfig, config_to_dict, load_config
 from fgd_hooks.errors import CheckpointError, ConfigError
 from fgd_hooks.integrations.ultralytics.session import TrainingRun
-from fgd_hooks.utils.checkpoint import read_side_file, write_side_file
+from fgd_hooks.utils.checkpoint import read_checkpoint, write_checkpoint
 from fgd_hooks.utils.structured_config import known_keys
 from tests.helpers.tiny import TinyDetector, batch, trained
 
@@ -143,9 +143,9 @@ def workplace(tmp_path_factory):
         run.optimizer.step()
         run.optimizer.zero_grad()
     run.path = tmp_path_factory.mktemp("fuzz") / "last.fgd.pt"
-    write_side_file(run.path, content_of(run))
+    write_checkpoint(run.path, content_of(run))
     run.whole = run.path.read_bytes()
-    run.content = read_side_file(run.path)
+    run.content = read_checkpoint(run.path)
     return run
 
 

@@ -10,8 +10,7 @@ import torch
 pytest.importorskip("ultralytics")
 
 from fgd_hooks import FGDCallback
-from fgd_hooks.integrations.ultralytics.session import SIDE_FILE
-from fgd_hooks.utils.checkpoint import read_side_file
+from fgd_hooks.utils.checkpoint import LAST_CHECKPOINT, read_checkpoint
 from fgd_hooks.utils.modules import unwrap
 from tests.integrations.ultralytics.test_callback import assert_nothing_left, hooks, rows, weights
 
@@ -44,7 +43,7 @@ def once(condition, action):
 def test_nan_recovery_goes_back_to_the_side_file(train, teacher_file, tmp_path, said):
     """The student's weights become NaN in epoch 1; Ultralytics goes back to last.pt and repeats the epoch."""
     callback = FGDCallback(teacher_file, balance={"interval": 2}, **ALWAYS)
-    begun, side = [], tmp_path / "run" / "weights" / SIDE_FILE
+    begun, side = [], tmp_path / "run" / "weights" / LAST_CHECKPOINT
 
     def poison(trainer):
         with torch.no_grad():
@@ -53,7 +52,7 @@ def test_nan_recovery_goes_back_to_the_side_file(train, teacher_file, tmp_path, 
     def begin(trainer):
         if trainer.epoch == 1:
             state = callback.distiller(trainer).training_state()
-            begun.append((state, read_side_file(side), hooks(trainer.model), hooks(trainer.ema.ema)))
+            begun.append((state, read_checkpoint(side), hooks(trainer.model), hooks(trainer.ema.ema)))
 
     yolo = train(
         callback,
@@ -74,7 +73,7 @@ def test_nan_recovery_goes_back_to_the_side_file(train, teacher_file, tmp_path, 
         assert (on_model, on_ema) == (begun[0][2], 0)
     assert all(tensor.isfinite().all() for tensor in weights(yolo).values() if tensor.is_floating_point())
     assert [float(row["train/fgd_fg"]) > 0 for row in rows(yolo)] == [True] * 3
-    assert read_side_file(side)["epoch"] == 2
+    assert read_checkpoint(side)["epoch"] == 2
     assert_nothing_left(yolo)
 
 

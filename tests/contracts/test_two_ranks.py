@@ -9,8 +9,7 @@ import torch
 pytest.importorskip("ultralytics")
 
 from fgd_hooks import FGDCallback
-from fgd_hooks.integrations.ultralytics.session import SIDE_FILE
-from fgd_hooks.utils.checkpoint import read_side_file
+from fgd_hooks.utils.checkpoint import LAST_CHECKPOINT, read_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
 
@@ -67,7 +66,7 @@ def test_ranks_agree_both_distil_and_one_saves(two_ranks, tmp_path):
     assert all(loss > 0 for loss in one["losses"] + other["losses"])
     assert one["losses"] != other["losses"], "each rank saw images of its own"
     assert (folder / "saved.txt").read_text().split("\n") == ["0 0 True", "0 1 True", ""]
-    saved = read_side_file(tmp_path / "run" / "weights" / SIDE_FILE)
+    saved = read_checkpoint(tmp_path / "run" / "weights" / LAST_CHECKPOINT)
     assert saved["epoch"] == 1
     for key, tensor in one["adapters"].items():
         assert torch.equal(tensor, saved["distiller"]["modules"][key]), key
@@ -102,7 +101,7 @@ def test_resume_on_another_number_of_ranks(two_ranks, tmp_path, before, after):
     with pytest.raises((RuntimeError, subprocess.CalledProcessError)):
         two_ranks(ranks=before, epochs=2, fail_in_epoch=1)
     weights = tmp_path / "run" / "weights"
-    saved = read_side_file(weights / SIDE_FILE)
+    saved = read_checkpoint(weights / LAST_CHECKPOINT)
     assert saved["epoch"] == 0
     folder = two_ranks(ranks=after, model=weights / "last.pt", resume=True)
     for rank in range(after):
@@ -115,4 +114,4 @@ def test_resume_on_another_number_of_ranks(two_ranks, tmp_path, before, after):
         assert all(loss > 0 for loss in recorded(folder, rank)["losses"])
     if after == 2:
         assert_equal_on_both(recorded(folder, 0), recorded(folder, 1))
-    assert read_side_file(weights / SIDE_FILE)["epoch"] == 1
+    assert read_checkpoint(weights / LAST_CHECKPOINT)["epoch"] == 1

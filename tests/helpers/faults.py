@@ -28,9 +28,8 @@ import torch
 
 from fgd_hooks import FGDCallback
 from fgd_hooks.errors import CheckpointError
-from fgd_hooks.integrations.ultralytics.session import SIDE_FILE
 from fgd_hooks.utils import checkpoint as sidefile
-from fgd_hooks.utils.checkpoint import read_side_file
+from fgd_hooks.utils.checkpoint import LAST_CHECKPOINT, read_checkpoint
 from tests.conftest import SETTINGS, TINY, WIDE, architecture
 
 EPOCHS = 3
@@ -160,7 +159,7 @@ def checkpoint_epoch(path: Path) -> int | str:
 def side_epoch(path: Path) -> int | str:
     """The epoch of the side file, or "missing" or "damaged"."""
     try:
-        return int(read_side_file(path)["epoch"])
+        return int(read_checkpoint(path)["epoch"])
     except FileNotFoundError:
         return "missing"
     except CheckpointError:
@@ -181,8 +180,8 @@ def moment(folder: Path, name: str, kind: str, rng: random.Random, seconds: floa
     delay = rng.uniform(0, seconds) if kind == "any moment" else None
     hooks = hooks_of(kind, rng)
     code = forked(lambda: train(folder, name, hooks=hooks), log, kill_after=delay)
-    host, side = checkpoint_epoch(weights / "last.pt"), side_epoch(weights / SIDE_FILE)
-    leftovers = len(list(weights.glob(f".{SIDE_FILE}.*")))
+    host, side = checkpoint_epoch(weights / "last.pt"), side_epoch(weights / LAST_CHECKPOINT)
+    leftovers = len(list(weights.glob(f".{LAST_CHECKPOINT}.*")))
     found: dict[str, Any] = {"kind": kind, "killed": code == -signal.SIGKILL, "host": host, "side": side}
     found["leftovers"] = leftovers
     if host == "finished":
@@ -196,8 +195,8 @@ def moment(folder: Path, name: str, kind: str, rng: random.Random, seconds: floa
     behind, anew = "the checkpoint of epoch" in text, "start anew" in text
     found["epochs_behind"] = host - side if isinstance(host, int) and isinstance(side, int) else None
     said = (anew and side == "missing") or (behind and side != host) or (side == host and not behind and not anew)
-    whole = side_epoch(weights / SIDE_FILE) == EPOCHS - 1 and checkpoint_epoch(weights / "last.pt") == "finished"
-    clean = not list(weights.glob(f".{SIDE_FILE}.*"))
+    whole = side_epoch(weights / LAST_CHECKPOINT) == EPOCHS - 1 and checkpoint_epoch(weights / "last.pt") == "finished"
+    clean = not list(weights.glob(f".{LAST_CHECKPOINT}.*"))
     found["ok"] = side != "damaged" and code == 0 and (said or not resume) and whole and clean
     if not resume:
         found["outcome"] = f"host's checkpoint {host}: begun afresh"

@@ -9,13 +9,13 @@ import torch
 
 from fgd_hooks.errors import CheckpointError
 from fgd_hooks.utils import checkpoint as sidefile
-from fgd_hooks.utils.checkpoint import read_side_file, remove_leftovers, write_side_file
+from fgd_hooks.utils.checkpoint import read_checkpoint, remove_leftovers, write_checkpoint
 
 
 def test_written_and_read(tmp_path):
     path = tmp_path / "new" / "last.fgd.pt"
-    write_side_file(path, {"epoch": 3, "tensors": {"a": torch.arange(3)}})
-    content = read_side_file(path)
+    write_checkpoint(path, {"epoch": 3, "tensors": {"a": torch.arange(3)}})
+    content = read_checkpoint(path)
     assert content["epoch"] == 3
     assert torch.equal(content["tensors"]["a"], torch.arange(3))
     assert [f.name for f in path.parent.iterdir()] == ["last.fgd.pt"]
@@ -26,7 +26,7 @@ def test_written_and_read(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "last.fgd.pt"
-    write_side_file(path, {"epoch": 1})
+    write_checkpoint(path, {"epoch": 1})
 
     def full(content, file):
         file.write(b"half")
@@ -34,9 +34,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sidefile.torch, "save", full)
     with pytest.raises(OSError, match="No space left"):
-        write_side_file(path, {"epoch": 2})
+        write_checkpoint(path, {"epoch": 2})
     monkeypatch.undo()
-    assert read_side_file(path)["epoch"] == 1
+    assert read_checkpoint(path)["epoch"] == 1
     assert [f.name for f in tmp_path.iterdir()] == ["last.fgd.pt"]
 
 
@@ -49,7 +49,7 @@ def test_code_in_a_side_file_does_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"fgd_hooks": 1, "bomb": Bomb()}, "bomb.pt")
     with pytest.raises(CheckpointError, match=r"bomb\.pt"):
-        read_side_file(tmp_path / "bomb.pt")
+        read_checkpoint(tmp_path / "bomb.pt")
     assert not (tmp_path / "exploded").exists()
 
 
@@ -58,9 +58,9 @@ def test_other_files_are_refused(tmp_path):
     torch.save({"epoch": 1}, tmp_path / "other.pt")
     for name in ("text.pt", "other.pt"):
         with pytest.raises(CheckpointError, match=name):
-            read_side_file(tmp_path / name)
+            read_checkpoint(tmp_path / name)
     with pytest.raises(FileNotFoundError):
-        read_side_file(tmp_path / "none.pt")
+        read_checkpoint(tmp_path / "none.pt")
 
 
 # crafted files
@@ -92,7 +92,7 @@ def pickle_of(code):
 
 @pytest.fixture
 def path(tmp_path):
-    write_side_file(tmp_path / "last.fgd.pt", {"a": torch.arange(1000.0)})
+    write_checkpoint(tmp_path / "last.fgd.pt", {"a": torch.arange(1000.0)})
     return tmp_path / "last.fgd.pt"
 
 
@@ -118,7 +118,7 @@ def test_a_crafted_archive_is_refused(path, change, words):
     rewritten(path, change)
     memory = psutil.Process().memory_info().rss
     with pytest.raises(CheckpointError, match=words):
-        read_side_file(path)
+        read_checkpoint(path)
     assert psutil.Process().memory_info().rss - memory < 2**28
 
 
@@ -126,7 +126,7 @@ def test_a_compressed_archive_is_refused(path):
     """A megabyte of it could hold a gigabyte."""
     rewritten(path, lambda entries: entries, zipfile.ZIP_DEFLATED)
     with pytest.raises(CheckpointError, match="compressed"):
-        read_side_file(path)
+        read_checkpoint(path)
 
 
 @pytest.mark.parametrize(
@@ -149,14 +149,14 @@ def test_a_compressed_archive_is_refused(path):
 def test_what_no_side_file_holds_is_refused(tmp_path, value):
     torch.save({"fgd_hooks": 1, "a": value}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError):
-        read_side_file(tmp_path / "a.pt")
+        read_checkpoint(tmp_path / "a.pt")
 
 
 def test_a_huge_file_is_refused_unread(tmp_path):
     with open(tmp_path / "a.pt", "wb") as file:
         file.truncate(sidefile.MAX_BYTES + 1)  # takes no room on the disk
     with pytest.raises(CheckpointError, match="bytes"):
-        read_side_file(tmp_path / "a.pt")
+        read_checkpoint(tmp_path / "a.pt")
 
 
 def test_a_flipped_bit_is_seen(path):
@@ -164,7 +164,7 @@ def test_a_flipped_bit_is_seen(path):
     content[content.index(torch.arange(1000.0)[500:504].numpy().tobytes())] ^= 1
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="checksum"):
-        read_side_file(path)
+        read_checkpoint(path)
 
 
 def test_checksums_are_written_whatever_the_process_has_set(tmp_path):
@@ -172,11 +172,11 @@ def test_checksums_are_written_whatever_the_process_has_set(tmp_path):
         pytest.skip("this torch always writes them")
     torch.serialization.set_crc32_options(False)
     try:
-        write_side_file(tmp_path / "a.pt", {"a": torch.ones(5)})
+        write_checkpoint(tmp_path / "a.pt", {"a": torch.ones(5)})
         assert torch.serialization.get_crc32_options() is False
     finally:
         torch.serialization.set_crc32_options(True)
-    assert read_side_file(tmp_path / "a.pt")["a"].sum() == 5
+    assert read_checkpoint(tmp_path / "a.pt")["a"].sum() == 5
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
@@ -185,21 +185,21 @@ def test_what_is_no_regular_file_is_refused(tmp_path):
     (tmp_path / "folder.pt").mkdir()
     for name in ("pipe.pt", "folder.pt"):
         with pytest.raises(CheckpointError, match="no regular file"):
-            read_side_file(tmp_path / name)
+            read_checkpoint(tmp_path / name)
 
 
 def test_a_write_does_not_follow_a_link(tmp_path):
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "last.fgd.pt").symlink_to(tmp_path / "precious")
-    write_side_file(tmp_path / "last.fgd.pt", {"epoch": 1})
+    write_checkpoint(tmp_path / "last.fgd.pt", {"epoch": 1})
     assert (tmp_path / "precious").read_text() == "mine"
-    assert read_side_file(tmp_path / "last.fgd.pt")["epoch"] == 1
+    assert read_checkpoint(tmp_path / "last.fgd.pt")["epoch"] == 1
 
 
 def test_what_killed_writes_left_is_removed(tmp_path):
     for name in (".last.fgd.pt.abc", ".last.fgd.pt.def", ".other.pt.abc", "last.pt"):
         (tmp_path / name).write_text("half")
-    write_side_file(tmp_path / "last.fgd.pt", {"epoch": 1})
+    write_checkpoint(tmp_path / "last.fgd.pt", {"epoch": 1})
     assert sorted(file.name for file in tmp_path.iterdir()) == [".other.pt.abc", "last.fgd.pt", "last.pt"]
     remove_leftovers(tmp_path / "nowhere" / "last.fgd.pt")
 
@@ -207,7 +207,7 @@ def test_what_killed_writes_left_is_removed(tmp_path):
 def test_a_tensor_where_the_format_should_be(tmp_path):
     torch.save({"fgd_hooks": torch.zeros(0)}, tmp_path / "x")
     with pytest.raises(CheckpointError, match="no side file"):
-        read_side_file(tmp_path / "x")
+        read_checkpoint(tmp_path / "x")
 
 
 def test_what_is_read_is_bit_equal_and_the_readers_own(tmp_path):
@@ -218,8 +218,8 @@ def test_what_is_read_is_bit_equal_and_the_readers_own(tmp_path):
         "strided": torch.arange(6.0).view(2, 3).t(), "state": {0: {"step": torch.tensor(3.0)}},
         "betas": (0.9, 0.999), "none": None,
     }  # fmt: skip
-    write_side_file(path, content)
-    found = read_side_file(path)
+    write_checkpoint(path, content)
+    found = read_checkpoint(path)
     path.write_bytes(b"")  # the tensors do not look into the file any more
     assert found.pop("fgd_hooks") == 1
     assert found["betas"] == (0.9, 0.999) and found["none"] is None and found["state"][0]["step"] == 3

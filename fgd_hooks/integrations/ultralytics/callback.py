@@ -178,7 +178,7 @@ class FGDCallback:
 
     def _on_model_save(self, trainer: Any) -> None:
         if run := self._runs.get(trainer):
-            run.save()
+            run.checkpoint.save(Path(trainer.wdir), int(trainer.epoch))
 
     def _on_fit_epoch_end(self, trainer: Any) -> None:
         if run := self._runs.get(trainer):

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from fgd_hooks.config import FGDConfig
 from fgd_hooks.diagnostics.tensorboard import distillation_scalars, write_layout, write_scalars
 from fgd_hooks.distiller import Distilled, Distiller
-from fgd_hooks.errors import CheckpointError
 from fgd_hooks.integrations.ultralytics.boxes import boxes_of, mask_boxes_of
+from fgd_hooks.integrations.ultralytics.checkpoint import DistillationCheckpoint
 from fgd_hooks.integrations.ultralytics.compat import DistillingLoss, drop_loss, images_counted
 from fgd_hooks.integrations.ultralytics.monitor import (
     AttentionWatch,
@@ -34,14 +34,11 @@ from fgd_hooks.integrations.ultralytics.monitor import (
 from fgd_hooks.integrations.ultralytics.teacher import fast_dtype, with_score_taps
 from fgd_hooks.masks import PackedBoxes
 from fgd_hooks.taps.hooks import LiveHook, scrub
-from fgd_hooks.utils.checkpoint import adamw_state, check_count, read_side_file, remove_leftovers, write_side_file
+from fgd_hooks.utils.checkpoint import LAST_CHECKPOINT, remove_leftovers
 from fgd_hooks.utils.distributed import is_distributed
 from fgd_hooks.utils.modules import unwrap, version_numbers
 
 logger = logging.getLogger("ultralytics")  # the host's own console and log file
-
-
-SIDE_FILE = "last.fgd.pt"
 
 
 _SHORT = {"foreground": "fg", "background": "bg", "attention": "att", "global": "glob"}
@@ -82,7 +79,6 @@ class TrainingRun:
         self.watch: AttentionWatch | None = None
         self.trained_epoch = -1
         self.last_metrics: dict[str, float] = {}
-        self.write_failed = False
         self.compiled = bool(getattr(trainer.args, "compile", False))
         if config.teacher.dtype == "auto" and not trainer.amp:
             config = copy.deepcopy(config)
@@ -103,13 +99,14 @@ class TrainingRun:
                 weight_decay=config.optimizer.weight_decay,
                 fused=trainer.device.type in ("cpu", "cuda"),  # one call instead of a dozen for each of 50 tensors
             )
+        self.checkpoint = DistillationCheckpoint(self.distiller, self.optimizer)
 
     def install(self) -> None:
         """Register the hooks, read the side file when resuming, open TensorBoard."""
         trainer = self.trainer
         try:
             if is_first_rank():
-                remove_leftovers(Path(trainer.wdir) / SIDE_FILE)
+                remove_leftovers(Path(trainer.wdir) / LAST_CHECKPOINT)
             if self.parameters and is_distributed():
                 # our parameters are outside the trainer's DDP; without one of their own the ranks would drift apart.
                 # A part with the weight 0 leaves its context block without gradient
@@ -120,7 +117,7 @@ class TrainingRun:
                     self.distiller, find_unused_parameters=unused, **buffers
                 )
             if trainer.resume:
-                self.resume()
+                self.checkpoint.resume(Path(str(trainer.args.resume)).parent, trainer.start_epoch)
             self.handles = [trainer.optimizer.register_step_post_hook(self.step)]
             if self.compiled:
                 self.handles.append(DistillingLoss(self.model, self.add_loss_of))
@@ -236,7 +233,7 @@ class TrainingRun:
             drop_loss(ema)
             self.ema_model = ema
             with contextlib.suppress(FileNotFoundError):
-                self.load(trainer.wdir / SIDE_FILE)
+                self.checkpoint.load(Path(trainer.wdir))
             self.distiller.zero_grad()
 
     def end_epoch(self) -> None:
@@ -249,60 +246,7 @@ class TrainingRun:
         if any(p.grad is not None for p in self.parameters) and all(p.grad is None for p in self.model.parameters()):
             self.distiller.zero_grad()
 
-    # the side file
-
-    def save(self) -> None:
-        """Write the side file next to last.pt (rank 0)."""
-        content = {
-            "epoch": int(self.trainer.epoch),
-            "distiller": self.distiller.training_state(),
-            "optimizer": self.optimizer.state_dict() if self.optimizer else {},
-        }
-        try:
-            write_side_file(self.trainer.wdir / SIDE_FILE, content)
-        except OSError as error:
-            if not self.write_failed:  # said once, and not in each epoch of a full disk
-                logger.warning(
-                    "FGD: %s could not be written (%s); the training goes on, and each epoch tries again.",
-                    SIDE_FILE,
-                    error,
-                )
-            self.write_failed = True
-            return
-        if self.write_failed:
-            logger.info("FGD: %s is written again.", SIDE_FILE)
-        self.write_failed = False
-
-    def load(self, path: Path) -> int:
-        """Read a side file; returns its epoch.
-
-        Raises:
-            FileNotFoundError: there is none.
-            CheckpointError: it is damaged or belongs to another distillation; nothing is changed then.
-        """
-        content = read_side_file(path)
-        try:
-            epoch = check_count("epoch", content.get("epoch"))
-            own = adamw_state(self.optimizer, content.get("optimizer")) if self.optimizer else None
-            self.distiller.load_training_state(content.get("distiller", {}))
-        except ValueError as error:
-            raise CheckpointError(f"{path} does not fit this training: {error}") from error
-        if self.optimizer is not None and own is not None:
-            self.optimizer.load_state_dict(own)
-        return epoch
-
-    def resume(self) -> None:
-        """Go on from the side file next to the checkpoint that is resumed."""
-        path = Path(str(self.trainer.args.resume)).parent / SIDE_FILE
-        if not path.is_file():
-            logger.warning("FGD: there is no %s; adapters and balance start anew.", path)
-            return
-        epoch = self.load(path)
-        logger.info("FGD: adapters and balance go on from %s (epoch %d).", path, epoch + 1)
-        if epoch != self.trainer.start_epoch - 1:
-            logger.warning(
-                "FGD: %s is of epoch %d, the checkpoint of epoch %d.", path, epoch + 1, self.trainer.start_epoch
-            )
+    # what is read and written
 
     def compare_settings(self, folder: Path) -> None:
         """Say with which other settings a resumed training was begun, and keep them before they are overwritten."""

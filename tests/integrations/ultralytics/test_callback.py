@@ -15,8 +15,8 @@ from fgd_hooks.config import load_config
 from fgd_hooks.errors import ConfigError, TeacherError
 from fgd_hooks.integrations.ultralytics.boxes import boxes_of
 from fgd_hooks.integrations.ultralytics.callback import EVENTS
-from fgd_hooks.integrations.ultralytics.session import SIDE_FILE, TrainingRun
-from fgd_hooks.utils.checkpoint import read_side_file, write_side_file
+from fgd_hooks.integrations.ultralytics.session import TrainingRun
+from fgd_hooks.utils.checkpoint import LAST_CHECKPOINT, read_checkpoint, write_checkpoint
 
 PARTS = ["fgd_fg", "fgd_bg", "fgd_att", "fgd_glob"]
 
@@ -145,7 +145,7 @@ def test_resume_goes_on_from_the_side_file(train, teacher_file, tmp_path):
 
     interrupted(train, teacher_file, "run")
     last = tmp_path / "run" / "weights" / "last.pt"
-    saved = read_side_file(last.parent / SIDE_FILE)
+    saved = read_checkpoint(last.parent / LAST_CHECKPOINT)
     assert saved["epoch"] == 1
     callback, seen = FGDCallback(teacher_file), {}
 
@@ -159,7 +159,7 @@ def test_resume_goes_on_from_the_side_file(train, teacher_file, tmp_path):
     assert all(torch.equal(v, state["modules"][k]) for k, v in seen["state"]["modules"].items())
     assert torch.equal(seen["state"]["balance"]["scales"], state["balance"]["scales"])
     assert seen["state"]["step"] == state["step"] == 10
-    assert read_side_file(last.parent / SIDE_FILE)["distiller"]["step"] == 20
+    assert read_checkpoint(last.parent / LAST_CHECKPOINT)["distiller"]["step"] == 20
     assert_nothing_left(yolo)
 
 
@@ -190,9 +190,9 @@ def test_resume_refuses_a_side_file_of_another_architecture(train, teacher_file,
 
     interrupted(train, teacher_file, "run")
     folder = tmp_path / "run" / "weights"
-    content = read_side_file(folder / SIDE_FILE)
+    content = read_checkpoint(folder / LAST_CHECKPOINT)
     content["distiller"]["levels"][0] = "P3: stride 8, 99 channels / stride 8, 99 channels"
-    write_side_file(folder / SIDE_FILE, content)
+    write_checkpoint(folder / LAST_CHECKPOINT, content)
     yolo = YOLO(str(folder / "last.pt"))
     with pytest.raises(ValueError, match="another distillation.*99 channels"):
         train(FGDCallback(teacher_file), model=yolo, name="run", resume=True)
@@ -204,7 +204,7 @@ def test_resume_without_a_side_file_says_so(train, teacher_file, tmp_path, caplo
 
     interrupted(train, teacher_file, "run")
     folder = tmp_path / "run" / "weights"
-    (folder / SIDE_FILE).unlink()
+    (folder / LAST_CHECKPOINT).unlink()
     from ultralytics.utils import LOGGER
 
     LOGGER.addHandler(caplog.handler)

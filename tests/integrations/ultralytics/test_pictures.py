@@ -11,9 +11,8 @@ from fgd_hooks import FGDCallback
 from fgd_hooks.diagnostics.attention import attention_sheets
 from fgd_hooks.integrations.ultralytics import monitor as ultralytics_pictures
 from fgd_hooks.integrations.ultralytics.monitor import WATCHED, AttentionWatch, fixed_batches
-from fgd_hooks.integrations.ultralytics.session import SIDE_FILE
 from fgd_hooks.schedule import Clock
-from fgd_hooks.utils.checkpoint import read_side_file
+from fgd_hooks.utils.checkpoint import LAST_CHECKPOINT, read_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +57,7 @@ def test_pictures_change_nothing(train, teacher_file, monkeypatch):
             hooks=[("on_train_epoch_start", random_states), ("on_fit_epoch_end", random_states)],
         )
         trainer = yolo.trainer
-        side = read_side_file(trainer.wdir / SIDE_FILE)
+        side = read_checkpoint(trainer.wdir / LAST_CHECKPOINT)
         found[name] = {
             **tensors(trainer.model.state_dict(), "model"),
             **tensors(trainer.ema.ema.state_dict(), "ema"),
