@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from fgd_hooks import Distiller
 from fgd_hooks.config import FGDConfig, config_to_dict, load_config
 from fgd_hooks.errors import CheckpointError, ConfigError
-from fgd_hooks.integrations.ultralytics.session import TrainingRun
-from fgd_hooks.utils.checkpoint import read_checkpoint, write_checkpoint
+from fgd_hooks.integrations.ultralytics.checkpoint import DistillationCheckpoint
+from fgd_hooks.utils.checkpoint import LAST_CHECKPOINT, read_checkpoint, write_checkpoint
 from fgd_hooks.utils.structured_config import known_keys
 from tests.helpers.tiny import TinyDetector, batch, trained
 
@@ -136,13 +136,14 @@ def workplace(tmp_path_factory):
     student, teacher = trained(TinyDetector()), trained(TinyDetector((8, 16, 24)), seed=1)
     distiller = Distiller(student, teacher, {"adapter": "conv1x1_bn", "levels": ["P3"]})
     run = SimpleNamespace(distiller=distiller, optimizer=torch.optim.AdamW(distiller.parameters(), 1e-3))
+    run.checkpoint = DistillationCheckpoint(distiller, run.optimizer)
     images, boxes = batch()
     for _ in range(3):
         loss = (student(images)["scores"] - 1).square().mean()
         (loss + distiller(images, boxes).loss).backward()
         run.optimizer.step()
         run.optimizer.zero_grad()
-    run.path = tmp_path_factory.mktemp("fuzz") / "last.fgd.pt"
+    run.path = tmp_path_factory.mktemp("fuzz") / LAST_CHECKPOINT
     write_checkpoint(run.path, content_of(run))
     run.whole = run.path.read_bytes()
     run.content = read_checkpoint(run.path)
@@ -169,7 +170,7 @@ def same(one, other):
 def check_loading(run):
     """Load what lies at the path: it is refused and nothing changed, or it is loaded and the training can go on."""
     try:
-        epoch = TrainingRun.load(run, run.path)
+        epoch = run.checkpoint.load(run.path.parent)
     except CheckpointError:
         assert same(content_of(run), run.content), "loaded by half"
         return False
@@ -183,7 +184,7 @@ def check_loading(run):
     assert bool((run.distiller.balance.scales > 0).all())
     run.distiller.balance.next_step()
     run.path.write_bytes(run.whole)
-    TrainingRun.load(run, run.path)
+    run.checkpoint.load(run.path.parent)
     return True
 
 
