@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-
 Status = Literal["green", "yellow", "red"]
-
-
 _ORDER: tuple[Status, ...] = ("green", "yellow", "red")
 
 
@@ -33,10 +30,25 @@ class Finding:
     name: str
     found: str
     mend: str = ""
-    values: dict[str, float] = field(default_factory=dict)
+    values: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.status}: {self.name}: {self.found}" + (f" Mend: {self.mend}" if self.mend else "")
+
+
+def green(name: str, found: str, values: Mapping[str, float] | None = None) -> Finding:
+    """All is well."""
+    return Finding("green", name, found, "", values or {})
+
+
+def yellow(name: str, found: str, mend: str, values: Mapping[str, float] | None = None) -> Finding:
+    """It works, but look at it."""
+    return Finding("yellow", name, found, mend, values or {})
+
+
+def red(name: str, found: str, mend: str, values: Mapping[str, float] | None = None) -> Finding:
+    """It will not distil, or will harm."""
+    return Finding("red", name, found, mend, values or {})
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,7 @@ class Report:
     @property
     def status(self) -> Status:
         """The worst status of all findings; green where there is none."""
-        return worst(finding.status for finding in self.findings)
+        return max((finding.status for finding in self.findings), key=_ORDER.index, default="green")
 
     def of(self, name: str) -> Finding:
         """The finding of the check ``name``.
@@ -77,7 +89,10 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; numbers that are not finite become None, which JSON can hold."""
-        return {"status": self.status, "findings": [_finite(asdict(finding)) for finding in self.findings]}
+        findings = [asdict(finding) for finding in self.findings]
+        for each in findings:
+            each["values"] = {k: value if math.isfinite(value) else None for k, value in each["values"].items()}
+        return {"status": self.status, "findings": findings}
 
     def __str__(self) -> str:
         return "\n".join([*(str(finding) for finding in self.findings), self.summary()])
@@ -98,17 +113,11 @@ class Report:
         yield Text(self.summary(), style=self.status)
 
 
-def worst(statuses: Iterable[Status]) -> Status:
-    """The worst of several; green where there is none."""
-    return max(statuses, key=_ORDER.index, default="green")
-
-
 def per_level(names: Iterable[str], values: Iterable[float], form: str = ".3g") -> str:
     """``P3 0.5, P4 2`` from the levels' names and numbers."""
     return ", ".join(f"{name} {value:{form}}" for name, value in zip(names, values, strict=True))
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def keyed(kind: str, names: Iterable[str], values: Iterable[float]) -> dict[str, float]:
+    """``{"kind/P3": 0.5, "kind/P4": 2}``, for :attr:`Finding.values`."""
+    return {f"{kind}/{name}": value for name, value in zip(names, values, strict=True)}
