@@ -42,11 +42,12 @@ def draw_sheet(sheet: LevelSheet, *, top: int = 10, dpi: int = 100) -> Figure:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     height, width = sheet.image.shape[1:]
     map_height = min(max(3.2 * height / width, 1.7), 4.2)
-    figure = Figure(figsize=(15.4, 2 * map_height + 2.8), dpi=dpi, layout="constrained")  # inches
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr]
+    figure = Figure(figsize=(15.4, 2 * map_height + 2.8), dpi=dpi)  # inches
+    figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
     FigureCanvasAgg(figure)
     rows, columns = sheet.foreground.shape
     title = f"{sheet.name}, level {sheet.level}: {rows} x {columns} cells, each {sheet.stride} x {sheet.stride} pixels"
