@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fgd_hooks.config import ScheduleConfig
 from fgd_hooks.diagnostics import checks
-from fgd_hooks.diagnostics.report import Finding, Report
+from fgd_hooks.diagnostics.report import Finding, Report, red, yellow
 from fgd_hooks.distiller import Distilled, Distiller
 from fgd_hooks.errors import TapError
 from fgd_hooks.guards import StepHealth
@@ -81,17 +81,15 @@ def first_step(distiller: Distiller, distilled: Distilled, boxes: PackedBoxes, a
         boxes: of its batch.
         adapter_gradient: norm of the gradient that arrived at adapters and losses; 0 where they have no parameters.
     """
-    teachers, names, sizes = distiller.teachers, distiller.level_names, _sizes(distiller, boxes)
-    training = [name for teacher in teachers for name, module in teacher.named_modules() if module.training]
+    names = distiller.level_names
+    training = [name for teacher in distiller.teachers for name, module in teacher.named_modules() if module.training]
     findings = [
-        checks.check_masks(boxes, names, sizes),
-        checks.check_parts(distilled.raw, _weights(distiller), checks.empty_parts(boxes, names, sizes)),
+        checks.check_masks(boxes, names, _sizes(distiller, boxes)),
+        _parts(distiller, distilled, boxes),
         checks.check_frozen([], training, []),
     ]
-    if any(True for _ in distiller.adapters.parameters()):
-        findings.append(
-            checks.check_gradient(distiller.level_names, [], {"all": adapter_gradient}, None, _taken(teachers))
-        )
+    if next(distiller.adapters.parameters(), None) is not None:
+        findings.append(checks.check_gradient(names, [], {"all": adapter_gradient}, None, _taken(distiller)))
     return Report(tuple(findings))
 
 
@@ -158,7 +156,7 @@ def _findings(patient: _Patient, boxes: Sequence[Tensor] | PackedBoxes, canvas: 
     try:
         packed = distiller.pack(patient.images, boxes, canvas, captured[0].device)
     except ValueError as error:
-        yield Finding("red", "masks", str(error), "Pass one (n, 4) tensor of pixel x1 y1 x2 y2 per image.")
+        yield red("masks", str(error), "Pass one (n, 4) tensor of pixel x1 y1 x2 y2 per image.")
         return
     yield checks.check_masks(packed, names, [(f.shape[2], f.shape[3]) for f in captured])
     yield from _teacher(patient, captured)
@@ -170,31 +168,31 @@ def _findings(patient: _Patient, boxes: Sequence[Tensor] | PackedBoxes, canvas: 
     try:
         yield from _passes(patient, packed)
     except (ValueError, TapError) as error:
-        yield Finding("red", "step", str(error), "Mend this first; the checks that need a whole step were left out.")
+        yield red("step", str(error), "Mend this first; the checks that need a whole step were left out.")
 
 
 def _teacher(patient: _Patient, student: list[Tensor]) -> Iterator[Finding]:
     """The teacher alone: does it stay as it is, and do its features say anything."""
-    distiller = patient.distiller
+
+    def tensors() -> list[tuple[str, Tensor]]:  # asked for twice: the teacher may move to another device
+        return [pair for teacher in patient.teachers for pair in teacher.state_dict().items()]
+
+    before = [tensor.clone() for _, tensor in tensors()]
+    taught = patient.distiller._teach(patient.images, student[0].device)[0]
+    pairs = zip(tensors(), before, strict=True)
+    changed = [name for (name, tensor), old in pairs if not bit_equal(tensor, old.to(tensor))]
     modules = [pair for teacher in patient.teachers for pair in teacher.named_modules()]
-    before = [{name: tensor.clone() for name, tensor in each.state_dict().items()} for each in patient.teachers]
-    taught = distiller._teach(patient.images, student[0].device)[0]
-    changed = [
-        name
-        for teacher, old in zip(patient.teachers, before, strict=True)
-        for name, tensor in teacher.state_dict().items()
-        if not bit_equal(tensor, old[name].to(tensor))
-    ]
     training = [name or "(model)" for name, module in modules if module.training]
     batch = nn.modules.batchnorm._BatchNorm
-    unkept = [n for n, m in modules if isinstance(m, batch) and m.running_mean is None]
+    unkept = [name for name, module in modules if isinstance(module, batch) and module.running_mean is None]
     yield checks.check_frozen(changed, training, unkept)
-    yield checks.check_features(distiller.level_names, taught)
+    yield checks.check_features(patient.distiller.level_names, taught)
 
 
-def _taken(teachers: Sequence[nn.Module]) -> list[str]:
+def _taken(distiller: Distiller) -> list[str]:
     """Names of the teachers' parameters that take or have a gradient."""
-    return [n for each in teachers for n, p in each.named_parameters() if p.requires_grad or p.grad is not None]
+    parameters = [pair for teacher in distiller.teachers for pair in teacher.named_parameters()]
+    return [name for name, p in parameters if p.requires_grad or p.grad is not None]
 
 
 def _passes(patient: _Patient, boxes: PackedBoxes) -> Iterator[Finding]:
@@ -208,10 +206,9 @@ def _passes(patient: _Patient, boxes: PackedBoxes) -> Iterator[Finding]:
     ratios, scales = distiller.balance.ratios.tolist(), distiller.balance.scales.tolist()
     own = {name: list(adapter.parameters()) for name, adapter in distiller.adapters.items()}
     adapters = {name: gradient_norm(p.grad for p in parameters) for name, parameters in own.items() if parameters}
-    taken = _taken(patient.teachers)
+    taken = _taken(distiller)
     patient.gradients()
-    empty = checks.empty_parts(boxes, names, _sizes(distiller, boxes))
-    yield checks.check_parts(distilled.raw, _weights(distiller), empty)
+    yield _parts(distiller, distilled, boxes)
 
     patient.run()
     loss = patient.distil(boxes, 1.0, "fixed").loss
@@ -230,7 +227,7 @@ def _passes(patient: _Patient, boxes: PackedBoxes) -> Iterator[Finding]:
     yield checks.check_weight_zero(len(first), different, _different(first, plain()) if different else [])
     if config.weight == 0:
         found = "The weight is 0: the distillation is switched off. The findings above are those for weight 1."
-        yield Finding("yellow", "weight", found, "Set weight=1.")
+        yield yellow("weight", found, "Set weight=1.")
 
 
 def _sizes(distiller: Distiller, boxes: PackedBoxes) -> list[tuple[int, int]]:
@@ -240,13 +237,13 @@ def _sizes(distiller: Distiller, boxes: PackedBoxes) -> list[tuple[int, int]]:
     return [(math.ceil(height / stride), math.ceil(width / stride)) for stride in strides]
 
 
-def _weights(distiller: Distiller) -> dict[str, float]:
-    """The losses' own weights of their parts, where they tell them; of a part that several losses have, the largest."""
-    weights: dict[str, float] = {}
+def _parts(distiller: Distiller, distilled: Distilled, boxes: PackedBoxes) -> Finding:
+    weights: dict[str, float] = {}  # of a part that several losses have, the largest
     for loss in distiller.losses.values():
         for part, weight in getattr(loss, "weights", {}).items():
             weights[part] = max(weight, weights.get(part, 0.0))
-    return weights
+    empty = checks.empty_parts(boxes, distiller.level_names, _sizes(distiller, boxes))
+    return checks.check_parts(distilled.raw, weights, empty)
 
 
 def _different(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
