@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from fgd_hooks import Distiller
-from fgd_hooks.evaluation.coco_metrics import CocoMetrics, percent
+from fgd_hooks.evaluation.coco_metrics import CocoMetrics
+from fgd_hooks.evaluation.reporting import percent
 from fgd_hooks.evaluation.runs import MAP, MAP50
 from fgd_hooks.utils.checkpoint import LAST_CHECKPOINT, read_checkpoint, write_checkpoint
 

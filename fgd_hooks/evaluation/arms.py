@@ -1,12 +1,18 @@
-"""The few statistics of a study: Student's t, exactly, and intervals of means of paired differences."""
+"""Arms and what sets them apart: runs by seed, paired differences with their intervals, costs."""
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+from fgd_hooks.errors import StudyError
+
+TAKEN = ("teacher", "pretrain")
+"""Names that no arm may have: those of the runs that arms need."""
 
 LEAST_GAP = 1.0
 """Points that a teacher must be better for a share of them to be stated: of less, any gain is many times as much."""
@@ -35,6 +41,10 @@ class Interval:
     def high(self) -> float:
         """The upper end; infinity for a single value."""
         return math.inf if self.half is None else self.mean + self.half
+
+    def __str__(self) -> str:
+        """``+0.7 .. +5.1``; ``one seed`` where there is no interval."""
+        return "one seed" if self.half is None else f"{self.low:+.1f} .. {self.high:+.1f}"
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
@@ -65,14 +75,9 @@ def t_quantile(confidence: float, freedom: int) -> float:
     if not 0 < confidence < 1 or freedom < 1:
         raise ValueError(f"confidence {confidence} and freedom {freedom}: expected 0 < confidence < 1 and freedom >= 1")
     low, high = 0.0, math.pi / 2
-    while True:
-        middle = (low + high) / 2
-        if middle in (low, high):
-            return math.tan(middle) * math.sqrt(freedom)
-        if _within(middle, freedom) < confidence:
-            low = middle
-        else:
-            high = middle
+    while (middle := (low + high) / 2) not in (low, high):
+        low, high = (middle, high) if _within(middle, freedom) < confidence else (low, middle)
+    return math.tan(middle) * math.sqrt(freedom)
 
 
 def _within(angle: float, freedom: int) -> float:
@@ -92,7 +97,7 @@ def _within(angle: float, freedom: int) -> float:
 
 @dataclass(frozen=True)
 class Record:
-    """One collected run.
+    """The figures of one finished run.
 
     Attributes:
         data: name of the data set.
@@ -104,7 +109,8 @@ class Record:
         results: figures by split, as ``fgd eval --json`` writes them.
         batches: checksum of the training batches; None where it was not taken.
         device: what it ran on; ``cpu_s`` of different ones are not compared.
-        settings: everything else that shaped the run.
+        settings: everything else that shaped the run, as text.
+        kept: all that was kept of the run, these figures among it.
     """
 
     data: str
@@ -114,31 +120,81 @@ class Record:
     seed: int
     cpu_s: float
     results: dict[str, dict[str, Any]]
-    batches: int | None
+    batches: int | None = None
     device: str = "cpu"
     settings: str = ""
+    kept: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
-    def value(self, split: str) -> float | None:
-        """mAP50-95 on a split, per cent; None where it was not measured."""
-        found = self.results.get(split, {}).get("map50_95")
+    @classmethod
+    def from_dict(cls, kept: Mapping[str, Any], data: str = "") -> Record:
+        """From what a finished run wrote; ``data`` stands in where that does not name its data set.
+
+        Raises:
+            KeyError: a figure is missing.
+        """
+        return cls(
+            data=kept.get("data", data),
+            **{key: kept[key] for key in ("student", "arm", "epochs", "seed", "cpu_s", "results")},
+            batches=kept.get("batches"),
+            device=kept.get("device", "cpu"),
+            settings=json.dumps([kept.get(key) for key in ("settings", "fgd", "scale")], sort_keys=True),
+            kept=kept,
+        )
+
+    def value(self, split: str, key: str = "map50_95") -> float | None:
+        """A figure on a split, per cent; None where it was not measured."""
+        found = self.results.get(split, {}).get(key)
         return None if found is None else 100 * float(found)
 
+    def classes(self, split: str) -> dict[str, float | None]:
+        """mAP50-95 by class on a split, per cent; None for a class without boxes."""
+        values = {entry["name"]: entry["map50_95"] for entry in self.results.get(split, {}).get("per_class", ())}
+        return {name: None if value is None else 100 * float(value) for name, value in values.items()}
+
+
+class Seeded(Protocol):
+    """What every run tells, whatever it was read from."""
+
+    @property
+    def seed(self) -> int:
+        """Of the run."""
+
+    @property
+    def epochs(self) -> int:
+        """Trained."""
+
+
+R = TypeVar("R", bound=Seeded)
+
 
 @dataclass(frozen=True)
-class Arm:
-    """The runs of one arm on one data set, one per seed."""
+class Arm(Generic[R]):
+    """Runs that differ in nothing but the seed.
+
+    Attributes:
+        name: of the arm.
+        runs: by ascending seed.
+    """
 
     name: str
-    epochs: int
-    runs: tuple[Record, ...]
+    runs: tuple[R, ...]
 
-    def values(self, split: str) -> dict[int, float]:
-        """mAP50-95 by seed, per cent."""
-        return {run.seed: value for run in self.runs if (value := run.value(split)) is not None}
+    @property
+    def epochs(self) -> int:
+        """Epochs of its first run, and of all in a study."""
+        return self.runs[0].epochs
+
+    def values(self, of: Callable[[R], float | None]) -> list[float]:
+        """One value per run, without those that have none."""
+        return [value for run in self.runs if (value := of(run)) is not None]
+
+    def by_seed(self, of: Callable[[R], float | None]) -> dict[int, float]:
+        """The same by seed, where each seed has one run."""
+        return {run.seed: value for run in self.runs if (value := of(run)) is not None}
 
 
 @dataclass(frozen=True)
-class Group:
+class Comparison:
     """All arms of one data set with one student, and the teacher's figures there.
 
     Attributes:
@@ -151,45 +207,82 @@ class Group:
 
     data: str
     student: str
-    arms: tuple[Arm, ...]
-    baseline: Arm | None
+    arms: tuple[Arm[Record], ...]
+    baseline: Arm[Record] | None
     teacher: Record | None
 
+    @property
     def splits(self) -> list[str]:
         """The splits that were measured, val first."""
-        return [split for split in ("val", "test") if any(arm.values(split) for arm in self.arms)]
+        return [split for split in ("val", "test") if any(self.values(arm, split) for arm in self.arms)]
 
-    def gain(self, arm: Arm, split: str, over: Arm | None = None) -> Interval | None:
-        """The mean of the differences, seed by seed, in points, to another arm; None without a common seed.
+    def arm(self, name: str) -> Arm[Record] | None:
+        """The arm of that name; None where it has no run."""
+        return next((arm for arm in self.arms if arm.name == name), None)
 
-        Args:
-            arm: that is looked at.
-            split: "val" or "test".
-            over: what it is compared with; None: the baseline.
-        """
+    def values(self, arm: Arm[Record], split: str) -> dict[int, float]:
+        """mAP50-95 by seed, per cent."""
+        return arm.by_seed(lambda run: run.value(split))
+
+    def differences(self, arm: Arm[Record], split: str, over: Arm[Record] | None = None) -> dict[int, float]:
+        """What an arm has more than another, or than the baseline, with the same seed: points by seed."""
         over = over or self.baseline
         if over is None or arm is over:
-            return None
-        base, mine = over.values(split), arm.values(split)
-        differences = [mine[seed] - base[seed] for seed in mine if seed in base]
-        return mean_interval(differences) if differences else None
+            return {}
+        base = self.values(over, split)
+        return {seed: value - base[seed] for seed, value in self.values(arm, split).items() if seed in base}
 
-    def closed(self, arm: Arm, split: str) -> float | None:
+    def gain(self, arm: Arm[Record], split: str, over: Arm[Record] | None = None) -> Interval | None:
+        """The mean of these differences; None without a common seed."""
+        found = self.differences(arm, split, over)
+        return mean_interval(list(found.values())) if found else None
+
+    def closed(self, arm: Arm[Record], split: str) -> float | None:
         """The gain as a share of what the teacher is above the baseline; None where that is less than a point."""
         gain, teacher = self.gain(arm, split), self.teacher.value(split) if self.teacher else None
         if gain is None or teacher is None or self.baseline is None:
             return None
-        base = self.baseline.values(split)
-        gap = teacher - statistics.fmean(base[seed] for seed in arm.values(split) if seed in base)
+        base = self.values(self.baseline, split)
+        gap = teacher - statistics.fmean(base[seed] for seed in self.differences(arm, split))
         return gain.mean / gap if gap >= LEAST_GAP else None
 
-    def cost(self, arm: Arm) -> float | None:
-        """CPU seconds as a multiple of the baseline's, the mean over common seeds on like devices."""
-        return None if self.baseline is None else cost_ratio(arm, self.baseline)
+    def cost(self, arm: Arm[Record], over: Arm[Record] | None = None) -> float | None:
+        """CPU seconds as a multiple of another arm's, or of the baseline's: the mean over common seeds on like devices.
+
+        None where there are none.
+        """
+        over = over or self.baseline
+        base = {(run.seed, run.device): run.cpu_s for run in over.runs if run.cpu_s} if over else {}
+        ratios = [run.cpu_s / base[run.seed, run.device] for run in arm.runs if (run.seed, run.device) in base]
+        return statistics.fmean(ratios) if ratios else None
+
+    def same_batches(self, arm: Arm[Record]) -> bool | None:
+        """Whether an arm was fed the baseline's batches, pixel by pixel; None without a common seed."""
+        base = {run.seed: run.batches for run in self.baseline.runs} if self.baseline else {}
+        found = [run.batches == base[run.seed] for run in arm.runs if run.seed in base]
+        return all(found) if found else None
 
 
-def cost_ratio(arm: Arm, other: Arm) -> float | None:
-    """CPU seconds of an arm as a multiple of another's, the mean over common seeds on like devices."""
-    base = {(run.seed, run.device): run.cpu_s for run in other.runs if run.cpu_s}
-    ratios = [run.cpu_s / base[run.seed, run.device] for run in arm.runs if (run.seed, run.device) in base]
-    return statistics.fmean(ratios) if ratios else None
+def compare_arms(records: Sequence[Record], order: Sequence[str] = (), baseline: str = "alone") -> list[Comparison]:
+    """A comparison for each data set and student; arms in the given order, then by name.
+
+    Raises:
+        StudyError: an arm has two runs with one seed, or runs of different settings.
+    """
+    teachers = {record.data: record for record in records if record.arm == "teacher"}
+    places = {name: place for place, name in enumerate(order)}
+    groups: dict[tuple[str, str], dict[str, list[Record]]] = {}
+    for record in sorted(records, key=lambda each: (places.get(each.arm, len(places)), each.arm, each.seed)):
+        if record.arm not in TAKEN:
+            groups.setdefault((record.data, record.student), {}).setdefault(record.arm, []).append(record)
+    found = []
+    for (data, student), members in sorted(groups.items()):
+        for name, runs in members.items():
+            if len({run.seed for run in runs}) < len(runs) or len({(run.epochs, run.settings) for run in runs}) > 1:
+                raise StudyError(
+                    f"{data}, {student}, {name}: runs with equal seeds, or with different epochs or settings; collect "
+                    "anew."
+                )
+        arms = {name: Arm(name, tuple(runs)) for name, runs in members.items()}
+        found.append(Comparison(data, student, tuple(arms.values()), arms.get(baseline), teachers.get(data)))
+    return found

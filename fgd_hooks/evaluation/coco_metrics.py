@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from fgd_hooks.errors import DataError
 from fgd_hooks.evaluation.dataset import EvalData, Floats
+from fgd_hooks.evaluation.reporting import Table, percent
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.table import Table as RichTable
 
 
 @dataclass(frozen=True)
@@ -80,35 +81,28 @@ class CocoMetrics:
         """Plain numbers, strings, lists and dicts, ready for JSON."""
         return {**asdict(self), "per_class": [asdict(entry) for entry in self.per_class]}
 
-    def table(self, title: str | None = None) -> Table:
+    def table(self, title: str | None = None) -> RichTable:
         """One row for all classes and one for each, in per cent."""
-        from rich.table import Table
+        entries: list[tuple[str, CocoMetrics | ClassMetrics]] = [("all", self)]
+        entries += [(entry.name, entry) for entry in self.per_class]
+        rows = [
+            (name, str(each.images), str(each.boxes), *map(percent, (each.map50_95, each.map50, each.map75)))
+            for name, each in entries
+        ]
+        return Table(("class", "images", "boxes", "mAP50-95", "mAP50", "mAP75"), rows, title or "").rich(ruled=1)
 
-        table = Table(title=title)
-        table.add_column("class")
-        for heading in ("images", "boxes", "mAP50-95", "mAP50", "mAP75"):
-            table.add_column(heading, justify="right")
-        rows = [("all", self.images, self.boxes, self.map50_95, self.map50, self.map75)]
-        rows += [(c.name, c.images, c.boxes, c.map50_95, c.map50, c.map75) for c in self.per_class]
-        for name, images, boxes, *values in rows:
-            table.add_row(name, str(images), str(boxes), *(percent(v) for v in values), end_section=name == "all")
-        return table
-
-    def size_table(self) -> Table:
+    def size_table(self) -> RichTable:
         """Precision and recall by size of the true box, in per cent."""
-        from rich.table import Table
-
-        table = Table("size", title="by size of the true box")
-        for heading in ("AP50-95", "AR"):
-            table.add_column(heading, justify="right")
-        table.add_row("all", percent(self.map50_95), percent(self.ar))
-        for size, precision, recall in (
-            ("small (< 32² px)", self.map_small, self.ar_small),
-            ("medium", self.map_medium, self.ar_medium),
-            ("large (> 96² px)", self.map_large, self.ar_large),
-        ):
-            table.add_row(size, percent(precision), percent(recall))
-        return table
+        rows = [
+            (size, percent(precision), percent(recall))
+            for size, precision, recall in (
+                ("all", self.map50_95, self.ar),
+                ("small (< 32² px)", self.map_small, self.ar_small),
+                ("medium", self.map_medium, self.ar_medium),
+                ("large (> 96² px)", self.map_large, self.ar_large),
+            )
+        ]
+        return Table(("size", "AP50-95", "AR"), rows, "by size of the true box").rich()
 
 
 def check_max_dets(max_dets: int) -> None:
@@ -170,11 +164,6 @@ def coco_metrics(truth: EvalData, detections: Sequence[Floats], max_dets: int = 
         detections=sum(len(rows) for rows in detections),
         per_class=tuple(per_class),
     )
-
-
-def percent(value: float | None) -> str:
-    """A part of 1 as per cent with one decimal; a dash for None."""
-    return "-" if value is None else f"{100 * value:.1f}"
 
 
 def _coco_truth(truth: EvalData) -> Any:

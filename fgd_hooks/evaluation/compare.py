@@ -12,14 +12,15 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fgd_hooks.evaluation.reporting import Curve, draw_curves, markdown_table, spread
-from fgd_hooks.evaluation.runs import Run, read_evaluation, read_run
+from fgd_hooks.evaluation.arms import Arm
+from fgd_hooks.evaluation.reporting import Curve, Table, draw_curves, spread
+from fgd_hooks.evaluation.runs import RunFolder, read_evaluation, read_run
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -38,24 +39,7 @@ LOG_TITLE = "Last epoch, from the logs (Ultralytics' validator), per cent"
 
 
 @dataclass(frozen=True)
-class Arm:
-    """Runs that differ in nothing but the seed.
-
-    Attributes:
-        label: what their folders' names have in common.
-        runs: one per seed.
-    """
-
-    label: str
-    runs: tuple[Run, ...]
-
-    def values(self, of: Callable[[Run], float | None]) -> list[float]:
-        """One value per run, without those that have none."""
-        return [value for run in self.runs if (value := of(run)) is not None]
-
-
-@dataclass(frozen=True)
-class Comparison:
+class ComparedRuns:
     """What ``fgd compare`` shows.
 
     Attributes:
@@ -64,36 +48,34 @@ class Comparison:
         notes: what a reader must know: unfinished runs, missing figures.
     """
 
-    arms: tuple[Arm, ...]
+    arms: tuple[Arm[RunFolder], ...]
     differing: dict[str, tuple[str, ...]]
     notes: tuple[str, ...]
 
-    def tables(self) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
-        """Title, headings and rows of each table, as text."""
-        found: list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]] = [
-            (LOG_TITLE, _LOG_HEADINGS, [_log_row(arm) for arm in self.arms])
-        ]
+    def tables(self) -> list[Table]:
+        """From the logs, from the evaluations where there are any, and of the settings where they differ."""
+        found = [Table(_LOG_HEADINGS, [_log_row(arm) for arm in self.arms], LOG_TITLE)]
         evaluated = [arm for arm in self.arms if any(run.evaluation for run in arm.runs)]
         if evaluated:
-            classes = _class_names(evaluated)
-            headings = ("arm", "runs", *_COCO, *classes)
-            title = f"{_what_was_evaluated(evaluated)}, per cent"
-            found.append((title, headings, [_coco_row(arm, classes) for arm in evaluated]))
+            every = [run.evaluation for arm in evaluated for run in arm.runs if run.evaluation]
+            classes = list(dict.fromkeys(entry["name"] for each in every for entry in each["per_class"]))
+            rows = [_coco_row(arm, classes) for arm in evaluated]
+            found.append(Table(("arm", "runs", *_COCO, *classes), rows, f"{_what_was_evaluated(every)}, per cent"))
         if self.differing:
             rows = [(key, *values) for key, values in self.differing.items()]
-            found.append(("Settings that differ", ("setting", *(arm.label for arm in self.arms)), rows))
+            found.append(Table(("setting", *(arm.name for arm in self.arms)), rows, "Settings that differ"))
         return found
 
     def markdown(self) -> str:
         """The same tables as Markdown."""
         lines: list[str] = []
-        for title, headings, rows in self.tables():
-            lines += [f"{title}:", "", *markdown_table(headings, rows), ""]
+        for table in self.tables():
+            lines += [f"{table.title}:", "", *table.markdown(), ""]
         return "\n".join([*lines, *(f"- {note}" for note in self.notes)]).rstrip() + "\n"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain numbers (0 to 1) and texts, ready for JSON."""
-        arms = [{"label": arm.label, "runs": [_run_dict(run) for run in arm.runs]} for arm in self.arms]
+        arms = [{"label": arm.name, "runs": [_run_dict(run) for run in arm.runs]} for arm in self.arms]
         return {"arms": arms, "differing": self.differing, "notes": list(self.notes)}
 
     def draw(self, file: Path) -> None:
@@ -103,20 +85,12 @@ class Comparison:
             logs = [{epoch: 100 * value for epoch, value, _ in run.curve} for run in arm.runs]
             epochs = sorted(set.intersection(*map(set, logs)))
             if epochs:
-                curves.append(Curve(arm.label, epochs, [[log[epoch] for epoch in epochs] for log in logs]))
+                curves.append(Curve(arm.name, epochs, [[log[epoch] for epoch in epochs] for log in logs]))
         title = "Validation over the epochs; band: one standard deviation over the seeds"
         draw_curves(curves, file, title=title, ylabel="mAP50-95 on the validation images, %")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.table import Table
-
-        for title, headings, rows in self.tables():
-            table = Table(title=title, title_justify="left")
-            for number, heading in enumerate(headings):
-                table.add_column(heading, justify="right" if number else "left", overflow="fold")
-            for row in rows:
-                table.add_row(*row)
-            yield table
+        yield from (table.rich(title_justify="left") for table in self.tables())
         yield from self.notes
 
 
@@ -127,7 +101,7 @@ def compare(
     split: str = "val",
     weights: str = "last",
     device: str | None = None,
-) -> Comparison:
+) -> ComparedRuns:
     """Read runs, group seeds, and say what differs.
 
     Args:
@@ -148,11 +122,11 @@ def compare(
     runs = [read_run(folder) for folder in paths]
     measured = [replace(run, evaluation=_evaluation(run, data, split, weights, device)) for run in runs]
     arms = _group(measured)
-    return Comparison(arms, _differing(arms), _notes(arms))
+    return ComparedRuns(arms, _differing(arms), _notes(arms))
 
 
 def _evaluation(
-    run: Run, data: str | Path | None, split: str, weights: str, device: str | None
+    run: RunFolder, data: str | Path | None, split: str, weights: str, device: str | None
 ) -> dict[str, Any] | None:
     if data is None:
         return _kept(run, "eval.json") or _kept(run, f"eval-{split}.json")
@@ -180,7 +154,7 @@ def _is_newer(file: Path, model: Path) -> bool:
     return file.stat().st_mtime >= model.stat().st_mtime
 
 
-def _kept(run: Run, name: str) -> dict[str, Any] | None:
+def _kept(run: RunFolder, name: str) -> dict[str, Any] | None:
     """Figures that lie in the run; None where there are none, or where the weights they name were written later."""
     file = run.folder / name
     found = read_evaluation(file)
@@ -193,11 +167,11 @@ def _kept(run: Run, name: str) -> dict[str, Any] | None:
     return found
 
 
-def _group(runs: Sequence[Run]) -> tuple[Arm, ...]:
+def _group(runs: Sequence[RunFolder]) -> tuple[Arm[RunFolder], ...]:
     """Runs with the same settings together; one that is unfinished or whose settings are not known stays alone."""
     times = Counter(run.name for run in runs)  # "train", as a rule, in folders of other names
     names = {run.folder: f"{run.folder.parent.name}/{run.name}" if times[run.name] > 1 else run.name for run in runs}
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[RunFolder]] = {}
     for run in runs:
         alone = "" if run.finished and run.distillation is not None else str(run.folder)
         key = json.dumps([run.settings, run.distillation, alone], sort_keys=True, default=str)
@@ -227,7 +201,7 @@ def _teachers(settings: Mapping[str, Any]) -> str:
     return " + ".join(Path(str(name)).name for name in names)
 
 
-def _differing(arms: Sequence[Arm]) -> dict[str, tuple[str, ...]]:
+def _differing(arms: Sequence[Arm[RunFolder]]) -> dict[str, tuple[str, ...]]:
     """Setting -> value in each arm; FGD's own only where arms with FGD differ in them."""
     table: dict[str, tuple[str, ...]] = {}
     if len(arms) < 2:
@@ -251,7 +225,7 @@ def _differing(arms: Sequence[Arm]) -> dict[str, tuple[str, ...]]:
     return table
 
 
-def _notes(arms: Sequence[Arm]) -> tuple[str, ...]:
+def _notes(arms: Sequence[Arm[RunFolder]]) -> tuple[str, ...]:
     runs = [run for arm in arms for run in arm.runs]
     notes = [
         f"{run.name} is unfinished: {run.epochs} of {run.planned} epochs (it still runs, or was interrupted); it is "
@@ -262,7 +236,7 @@ def _notes(arms: Sequence[Arm]) -> tuple[str, ...]:
     for arm in arms:
         seeds = [run.seed for run in arm.runs]
         if len(set(seeds)) < len(seeds):
-            notes.append(f"Runs of {arm.label} have the same seed ({', '.join(map(str, seeds))}): no spread of seeds.")
+            notes.append(f"Runs of {arm.name} have the same seed ({', '.join(map(str, seeds))}): no spread of seeds.")
     for without, meaning in (
         ([run for run in runs if run.distillation is None], "Distilled, but without fgd.yaml, so each stays alone"),
         ([run for run in runs if run.finished and len(run.curve) == 1], "Validated after the last epoch only"),
@@ -273,43 +247,35 @@ def _notes(arms: Sequence[Arm]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _log_row(arm: Arm) -> tuple[str, ...]:
+def _log_row(arm: Arm[RunFolder]) -> tuple[str, ...]:
+    lasts = [run.last for run in arm.runs if run.last]
+    bests = [run.best for run in arm.runs if run.best]
+    epochs = arm.values(lambda run: run.epochs)
     return (
-        arm.label,
+        arm.name,
         str(len(arm.runs)),
-        _percent(arm.values(lambda run: run.last[1] if run.last else None)),
-        _percent(arm.values(lambda run: run.last[2] if run.last else None)),
-        _percent(arm.values(lambda run: run.best[1] if run.best else None)),
-        _spread_or_dash(arm.values(lambda run: run.best[0] if run.best else None), 0),
-        _spread_or_dash(arm.values(lambda run: run.epochs), 0) if _epochs_differ(arm) else str(arm.runs[0].epochs),
-        _spread_or_dash(arm.values(lambda run: run.minutes), 1),
+        spread([100 * value for _, value, _ in lasts]),
+        spread([100 * value for _, _, value in lasts]),
+        spread([100 * value for _, value, _ in bests]),
+        spread([epoch for epoch, _, _ in bests], 0),
+        spread(epochs, 0) if len(set(epochs)) > 1 else str(arm.epochs),
+        spread(arm.values(lambda run: run.minutes)),
     )
 
 
-def _epochs_differ(arm: Arm) -> bool:
-    return len({run.epochs for run in arm.runs}) > 1
-
-
-def _coco_row(arm: Arm, classes: Sequence[str]) -> tuple[str, ...]:
+def _coco_row(arm: Arm[RunFolder], classes: Sequence[str]) -> tuple[str, ...]:
     found = [run.evaluation for run in arm.runs if run.evaluation]
-    cells = [_percent([each[key] for each in found if each[key] is not None]) for key in _COCO.values()]
-    for name in classes:
-        values = [entry["map50_95"] for each in found for entry in each["per_class"] if entry["name"] == name]
-        cells.append(_percent([value for value in values if value is not None]))
-    return (arm.label, str(len(found)), *cells)
-
-
-def _class_names(arms: Sequence[Arm]) -> list[str]:
-    """Every class of the evaluations, in the order of the first."""
-    entries = [
-        entry["name"] for arm in arms for run in arm.runs if run.evaluation for entry in run.evaluation["per_class"]
+    columns = [[each[key] for each in found] for key in _COCO.values()]
+    columns += [
+        [entry["map50_95"] for each in found for entry in each["per_class"] if entry["name"] == name]
+        for name in classes
     ]
-    return list(dict.fromkeys(entries))
+    cells = [spread([100 * value for value in column if value is not None]) for column in columns]
+    return (arm.name, str(len(found)), *cells)
 
 
-def _what_was_evaluated(arms: Sequence[Arm]) -> str:
+def _what_was_evaluated(found: Sequence[Mapping[str, Any]]) -> str:
     """``val of data.yaml, last.pt, by pycocotools``; says so where the runs were measured on different things."""
-    found = [run.evaluation for arm in arms for run in arm.runs if run.evaluation]
     things = {
         " ".join(Path(str(each[key])).name for key in ("data", "split", "model") if each.get(key)) for each in found
     }
@@ -317,7 +283,7 @@ def _what_was_evaluated(arms: Sequence[Arm]) -> str:
     return f"By pycocotools, {what}" if len(things) == 1 else f"By pycocotools, but on DIFFERENT things: {what}"
 
 
-def _run_dict(run: Run) -> dict[str, Any]:
+def _run_dict(run: RunFolder) -> dict[str, Any]:
     """A run for JSON; mAP from 0 to 1."""
     keys = ("name", "seed", "epochs", "planned", "finished", "minutes", "settings", "distillation", "evaluation")
     names = ("epoch", "map50_95", "map50")
@@ -326,14 +292,6 @@ def _run_dict(run: Run) -> dict[str, Any]:
         for key, point in (("last", run.last), ("best", run.best))
     }
     return {**{key: getattr(run, key) for key in keys}, **points, "curve": [list(point) for point in run.curve]}
-
-
-def _percent(values: Sequence[float]) -> str:
-    return _spread_or_dash([100 * value for value in values], 1)
-
-
-def _spread_or_dash(values: Sequence[float], digits: int) -> str:
-    return spread(values, digits) if values else "-"
 
 
 def _text(value: Any) -> str:

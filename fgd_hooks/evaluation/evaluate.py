@@ -33,9 +33,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fgd_hooks.errors import DataError
-from fgd_hooks.evaluation.coco_metrics import CocoMetrics, check_max_dets, coco_metrics, percent
+from fgd_hooks.evaluation.coco_metrics import CocoMetrics, check_max_dets, coco_metrics
 from fgd_hooks.evaluation.dataset import EvalData, Floats, linked_copy, shorten
 from fgd_hooks.evaluation.readers import read_data
+from fgd_hooks.evaluation.reporting import percent
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult

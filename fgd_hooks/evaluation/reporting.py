@@ -1,4 +1,4 @@
-"""What reports of several runs share: mean and spread as text, Markdown tables, curves with a band."""
+"""What all reports share: figures as text, tables for terminal and Markdown, curves with a band."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
 
 # The Okabe-Ito palette, told apart with every kind of colour vision; markers tell the lines apart once more.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -34,15 +37,54 @@ class Curve:
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Mean, with the standard deviation of the sample where there are several values: ``41.0 ± 1.4``."""
+    """Mean, with the standard deviation of the sample where there are several values: ``41.0 ± 1.4``; ``-`` of none."""
+    if not values:
+        return "-"
     mean = f"{statistics.fmean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table; the first column is aligned left, the others right."""
-    lines = [_markdown_row(headings), "|---" + "|--:" * (len(headings) - 1) + "|"]
-    return [*lines, *(_markdown_row(row) for row in rows)]
+def percent(value: float | None) -> str:
+    """A part of 1 as per cent with one decimal; a dash for None."""
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text, for a terminal and for Markdown alike; the first column is aligned left, the others right.
+
+    Attributes:
+        headings: of the columns.
+        rows: of cells, as many as there are headings.
+        title: above the table.
+        caption: below it, in a terminal.
+    """
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+    caption: str = ""
+
+    def markdown(self) -> list[str]:
+        """The lines of a Markdown table, without the title."""
+        lines = [_markdown_row(self.headings), "|---" + "|--:" * (len(self.headings) - 1) + "|"]
+        return [*lines, *(_markdown_row(row) for row in self.rows)]
+
+    def rich(self, ruled: int = 0, **options: Any) -> RichTable:
+        """For a terminal.
+
+        Args:
+            ruled: number of the row that a line is drawn below; 0: none.
+            **options: of rich's table.
+        """
+        from rich.table import Table as RichTable
+
+        table = RichTable(title=self.title or None, caption=self.caption or None, **options)
+        for number, heading in enumerate(self.headings):
+            table.add_column(heading, justify="right" if number else "left", overflow="fold")
+        for number, row in enumerate(self.rows, 1):
+            table.add_row(*row, end_section=number == ruled)
+        return table
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

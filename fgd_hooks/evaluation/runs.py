@@ -33,7 +33,7 @@ _EVALUATION_KEYS = ("map50_95", "map50", "map_small", "map_medium", "map_large",
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFolder:
     """One training, as its folder tells it.
 
     Attributes:
@@ -82,7 +82,7 @@ class Run:
         return self.epochs >= self.planned or stopped
 
 
-def read_run(folder: str | Path) -> Run:
+def read_run(folder: str | Path) -> RunFolder:
     """Read a run folder: ``results.csv`` and ``args.yaml``, and ``fgd.yaml`` where it exists.
 
     Raises:
@@ -109,7 +109,7 @@ def read_run(folder: str | Path) -> Run:
     # without validation Ultralytics writes zeros for every epoch but the last one it was asked for
     validated = rows if settings.get("val", True) else [row for row in rows if row["epoch"] == planned]
     curve = [(int(row["epoch"]), row[MAP], row[MAP50]) for row in validated if math.isfinite(row[MAP])]
-    return Run(
+    return RunFolder(
         folder=folder,
         seed=int(settings.get("seed") or 0),
         settings={key: value for key, value in settings.items() if key not in RUN_KEYS},

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fgd_hooks.errors import StudyError
-from fgd_hooks.evaluation.arms import Arm, Group, cost_ratio
-from fgd_hooks.evaluation.reporting import markdown_table, spread
+from fgd_hooks.evaluation.arms import Arm, Comparison, Record, compare_arms
+from fgd_hooks.evaluation.reporting import Table, spread
 from fgd_hooks.evaluation.runs import flat
-from fgd_hooks.study.tables import SUBJECT, group_records, interval_text, read_records
+from fgd_hooks.study.tables import SUBJECT, read_records
 
 RIVALS = {
     "alone": "the student alone",
@@ -47,10 +47,10 @@ def write_overview(folders: Sequence[Path], file: Path) -> str:
     sources: dict[str, None] = {}
     for folder in folders:
         study, records = read_records(folder)
-        for group in group_records(records, study.get("arms", ())):
+        for group in compare_arms(records, study.get("arms", ())):
             arms = {arm.name: arm for arm in group.arms}
-            for split in group.splits():
-                if SUBJECT in arms and arms[SUBJECT].values(split):
+            for split in group.splits:
+                if SUBJECT in arms and group.values(arms[SUBJECT], split):
                     gains.append(_gain_row(group, arms[SUBJECT], split))
                     differences.append(_difference_row(group, arms, split))
                     costs.update(_cost_row(group, arms))
@@ -61,9 +61,9 @@ def write_overview(folders: Sequence[Path], file: Path) -> str:
         "",
         INTRODUCTION,
         "",
-        *markdown_table((*what, "seeds", "alone", f"`{SUBJECT}`", "teacher", "gap", "CPU", "settings"), gains),
+        *Table((*what, "seeds", "alone", f"`{SUBJECT}`", "teacher", "gap", "CPU", "settings"), gains).markdown(),
         "",
-        *markdown_table((*what, *(f"less {text}" for text in RIVALS.values())), differences),
+        *Table((*what, *(f"less {text}" for text in RIVALS.values())), differences).markdown(),
         "",
         *_costs(list(costs)),
         "From: " + ", ".join(sources) + ".",
@@ -80,23 +80,23 @@ def _costs(rows: Sequence[tuple[str, ...]]) -> list[str]:
     if not rows:
         return []
     heading = ("data", "student", "arm", "epochs", f"epochs of `{SUBJECT}`", f"CPU of `{SUBJECT}`, times the arm's")
-    return ["What the arms of the same compute had and took:", "", *markdown_table(heading, rows), ""]
+    return ["What the arms of the same compute had and took:", "", *Table(heading, rows).markdown(), ""]
 
 
-def _cost_row(group: Group, arms: dict[str, Arm]) -> dict[tuple[str, ...], None]:
+def _cost_row(group: Comparison, arms: dict[str, Arm[Record]]) -> dict[tuple[str, ...], None]:
     rows: dict[tuple[str, ...], None] = {}
     mine = arms[SUBJECT]
     for name in SAME_COMPUTE:
         if name in arms:
-            ratio = cost_ratio(mine, arms[name])
+            ratio = group.cost(mine, arms[name])
             cost = "-" if ratio is None else f"{ratio:.2f}"
             rows[(group.data, group.student, name, str(arms[name].epochs), str(mine.epochs), cost)] = None
     return rows
 
 
-def _gain_row(group: Group, subject: Arm, split: str) -> tuple[str, ...]:
-    mine = subject.values(split)
-    alone = list(group.baseline.values(split).values()) if group.baseline else []
+def _gain_row(group: Comparison, subject: Arm[Record], split: str) -> tuple[str, ...]:
+    mine = group.values(subject, split)
+    alone = list(group.values(group.baseline, split).values()) if group.baseline else []
     teacher = group.teacher.value(split) if group.teacher else None
     closed, cost = group.closed(subject, split), group.cost(subject)
     return (
@@ -104,7 +104,7 @@ def _gain_row(group: Group, subject: Arm, split: str) -> tuple[str, ...]:
         group.student,
         split,
         str(len(mine)),
-        spread(alone) if alone else "-",
+        spread(alone),
         spread(list(mine.values())),
         "-" if teacher is None else f"{teacher:.1f}",
         "-" if closed is None else f"{100 * closed:.0f} %",
@@ -113,16 +113,16 @@ def _gain_row(group: Group, subject: Arm, split: str) -> tuple[str, ...]:
     )
 
 
-def _settings(subject: Arm) -> str:
+def _settings(subject: Arm[Record]) -> str:
     """How the arm's distillation was set where it was not left to the defaults: an earlier default, say."""
     fgd = json.loads(subject.runs[0].settings or "[null, null]")[1] or {}
     shown = [f"`{key}={'null' if value is None else value}`" for key, value in flat(fgd, prefix="").items()]
     return ", ".join(shown) or "defaults"
 
 
-def _difference_row(group: Group, arms: dict[str, Arm], split: str) -> tuple[str, ...]:
+def _difference_row(group: Comparison, arms: dict[str, Arm[Record]], split: str) -> tuple[str, ...]:
     cells = []
     for rival in RIVALS:
         gain = group.gain(arms[SUBJECT], split, arms[rival]) if rival in arms else None
-        cells.append("-" if gain is None else f"{gain.mean:+.1f} ({interval_text(gain)})")
+        cells.append("-" if gain is None else f"{gain.mean:+.1f} ({gain})")
     return (group.data, group.student, split, *cells)

@@ -5,24 +5,24 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from fgd_hooks.evaluation.arms import Group
+from fgd_hooks.evaluation.arms import Comparison
 from fgd_hooks.evaluation.reporting import COLOURS
 
 _BASE, _POINT = "#555555", COLOURS[0]
 
 
-def draw_group(group: Group, split: str, file: Path) -> None:
+def draw_group(group: Comparison, split: str, file: Path) -> None:
     """Draw a group's arms on one split as a PNG: left a point per seed and the mean, right the paired differences."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    arms = [arm for arm in group.arms if arm.values(split)]
+    arms = [arm for arm in group.arms if group.values(arm, split)]
     figure = Figure(figsize=(9.0, 1.6 + 0.36 * len(arms)), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
     places = range(len(arms) - 1, -1, -1)  # the first arm on top
     for place, arm in zip(places, arms, strict=True):
-        values = list(arm.values(split).values())
+        values = list(group.values(arm, split).values())
         colour = _BASE if arm is group.baseline else _POINT
         left.plot(values, [place] * len(values), "o", color=colour, alpha=0.55, markersize=5, markeredgewidth=0)
         mean = statistics.fmean(values)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fgd_hooks.evaluation.reporting import Curve, draw_curves, markdown_table, spread
+from fgd_hooks.evaluation.reporting import Curve, Table, draw_curves, spread
 from fgd_hooks.study.processes import write_json
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.table import Table as RichTable
 
 
 @dataclass(frozen=True)
@@ -118,18 +118,11 @@ class Comparison:
         return all(f.batches == a.batches for f, a in zip(self.fgd, self.alone, strict=True))
 
 
-def comparison_table(result: Comparison) -> Table:
+def comparison_table(result: Comparison) -> RichTable:
     """One row for the teacher, the students alone and the students with FGD; means where there are several seeds."""
-    from rich.table import Table
-
-    table = Table(title=f"validation, {result.settings['images']} images, pycocotools; per cent")
-    table.add_column("model")
-    for heading in _HEADINGS[1:]:
-        table.add_column(heading, justify="right")
-    for row in _rows(result):
-        table.add_row(*row)
-    table.caption = f"FGD - alone: {_gain_text(result)} points of mAP50-95"
-    return table
+    title = f"validation, {result.settings['images']} images, pycocotools; per cent"
+    caption = f"FGD - alone: {_gain_text(result)} points of mAP50-95"
+    return Table(_HEADINGS, _rows(result), title, caption).rich()
 
 
 _HEADINGS = ("model", "mAP50-95", "mAP50", "parameters", "GFLOPs", "minutes")
@@ -167,7 +160,7 @@ def markdown(result: Comparison) -> str:
     lines = [
         "# Quickstart: one student, without and with FGD",
         "",
-        *markdown_table(_HEADINGS, _rows(result)),
+        *Table(_HEADINGS, _rows(result)).markdown(),
         "",
         f"With FGD less alone: **{_gain_text(result)}** points of mAP50-95 (seeds: {seeds}).",
         "",
@@ -191,7 +184,7 @@ def markdown(result: Comparison) -> str:
         "",
         "## By class",
         "",
-        *markdown_table(("class", "teacher", "alone", "FGD"), _class_rows(result)),
+        *Table(("class", "teacher", "alone", "FGD"), _class_rows(result)).markdown(),
         "",
         "## Curves",
         "",

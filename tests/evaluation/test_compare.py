@@ -26,8 +26,8 @@ def runs(tmp_path):
 
 
 def table(result, number):
-    _, headings, rows = result.tables()[number]
-    return [dict(zip(headings, row, strict=True)) for row in rows]
+    found = result.tables()[number]
+    return [dict(zip(found.headings, row, strict=True)) for row in found.rows]
 
 
 def test_seeds_of_one_arm_are_averaged(runs):
@@ -66,7 +66,7 @@ def test_settings_that_differ_make_arms(tmp_path):
     make_run(tmp_path / "b", [0.1], lr0=0.02, fgd={**FGD, "balance": {"ratio": 0.5}})
     make_run(tmp_path / "c", [0.1], lr0=0.02, model="nets/small.yaml")
     result = compare([tmp_path / name for name in "abc"])
-    assert [arm.label for arm in result.arms] == ["a", "b", "c"]
+    assert [arm.name for arm in result.arms] == ["a", "b", "c"]
     assert result.differing == {
         "FGD": ("teacher big.pt", "teacher big.pt", "none"),
         "fgd.balance.ratio": ("1.0", "0.5", "-"),
@@ -116,7 +116,7 @@ def test_classes_and_sizes_come_from_the_evaluations(runs):
     for folder, value in zip(runs, (0.30, 0.34, 0.40, 0.50), strict=True):
         (folder / "eval.json").write_text(json.dumps(evaluation(value, data="d.yaml", split="test", model="w/last.pt")))
     result = compare(runs)
-    title, _, _ = result.tables()[1]
+    title = result.tables()[1].title
     assert "d.yaml test last.pt" in title
     alone, fgd = table(result, 1)
     assert alone == {
@@ -133,7 +133,7 @@ def test_classes_and_sizes_come_from_the_evaluations(runs):
     assert fgd["disc"] == "45.0 ± 7.1"
     assert not any("No AP by class" in note for note in result.notes)
     (runs[0] / "eval.json").write_text(json.dumps(evaluation(data="other.yaml", model="w/last.pt")))
-    assert "DIFFERENT" in compare(runs).tables()[1][0]
+    assert "DIFFERENT" in compare(runs).tables()[1].title
 
 
 def test_figures_older_than_the_weights_are_left_out(runs, caplog):

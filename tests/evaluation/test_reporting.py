@@ -1,6 +1,6 @@
 """What reports share."""
 
-from fgd_hooks.evaluation.reporting import Curve, draw_curves, markdown_table, spread
+from fgd_hooks.evaluation.reporting import Curve, Table, draw_curves, spread
 
 
 def test_spread():
@@ -10,7 +10,7 @@ def test_spread():
 
 
 def test_markdown_table():
-    assert markdown_table(("a", "b"), [("x|y", "1")]) == ["| a | b |", "|---|--:|", "| x\\|y | 1 |"]
+    assert Table(("a", "b"), [("x|y", "1")]).markdown() == ["| a | b |", "|---|--:|", "| x\\|y | 1 |"]
 
 
 def test_curves_with_one_point_none_and_a_reference(tmp_path):

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from fgd_hooks.errors import StudyError
+from fgd_hooks.evaluation.arms import compare_arms
 from fgd_hooks.study.overview import write_overview
-from fgd_hooks.study.tables import group_records, markdown, read_records, write_tables
+from fgd_hooks.study.tables import markdown, read_records, write_tables
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 BCCD = RESULTS / "bccd"
@@ -29,7 +30,7 @@ def write(folder: Path, arm: str, seed: int, value: float, *, cpu: float = 10.0,
 
 
 def only_group(folder: Path, **options):
-    (group,) = group_records(read_records(folder)[1], **options)
+    (group,) = compare_arms(read_records(folder)[1], **options)
     return group, {arm.name: arm for arm in group.arms}
 
 
@@ -103,7 +104,7 @@ def test_test_is_shown_where_it_was_measured(tmp_path):
     write(tmp_path, "alone", 0, 0.3, test=0.2)
     write(tmp_path, "fgd", 0, 0.3)
     group, _ = only_group(tmp_path)
-    assert group.splits() == ["val", "test"]
+    assert group.splits == ["val", "test"]
     assert "| fgd |" not in markdown({}, [group], "x").split("## d, n: test")[1]
 
 
@@ -126,14 +127,14 @@ def test_doubtful_folders(tmp_path):
     write(tmp_path, "fgd", 0, 0.3)
     shutil.copy(tmp_path / "fgd-0.json", tmp_path / "again.json")
     with pytest.raises(StudyError, match="equal seeds"):
-        group_records(read_records(tmp_path)[1])
+        compare_arms(read_records(tmp_path)[1])
 
 
 def test_runs_of_one_arm_with_other_settings_are_refused(tmp_path):
     write(tmp_path, "fgd", 0, 0.3, settings={"lr0": 0.1})
     write(tmp_path, "fgd", 1, 0.3, settings={"lr0": 0.2})
     with pytest.raises(StudyError, match="different epochs or settings"):
-        group_records(read_records(tmp_path)[1])
+        compare_arms(read_records(tmp_path)[1])
 
 
 def test_a_difference_says_on_how_many_seeds_it_rests(tmp_path):
@@ -228,7 +229,7 @@ def test_the_tables_of_the_repository_follow_from_its_records():
     assert folders
     for folder in folders:
         study, records = read_records(folder)
-        groups = group_records(records, study.get("arms", ()), study.get("baseline", "alone"))
+        groups = compare_arms(records, study.get("arms", ()), study.get("baseline", "alone"))
         assert (folder / "tables.md").read_text(encoding="utf-8") == markdown(study, groups, folder.name), folder
 
 
