@@ -81,21 +81,40 @@ class MissingExtraError(FGDError, ImportError):
     """A package of an extra that is not installed; the message is the command that installs it."""
 
 
+EXTRAS = {
+    "ultralytics": "ultralytics",
+    "cloudpickle": "ultralytics",
+    "cv2": "ultralytics",
+    "torchvision": "torchvision",
+    "timm": "timm",
+    "numpy": "eval",
+    "PIL": "eval",
+    "pycocotools": "eval",
+    "rich": "eval",
+    "matplotlib": "eval",
+    "tensorboard": "tensorboard",
+    "filelock": "study",
+    "psutil": "study",
+    "submitit": "study",
+}
+"""Optional packages, by the name they are imported by, and the extra that brings them."""
+
+
 @contextlib.contextmanager
-def needs_extra(extra: str) -> Iterator[None]:
-    """Import packages of an extra inside this block.
+def needs_extra(extra: str | None = None) -> Iterator[None]:
+    """Import optional packages inside this block.
 
     Args:
-        extra: name of the extra in ``pip install "fgd-hooks[extra]"``.
+        extra: the one that brings all packages of the block; None: that of the package which is missing.
 
     Raises:
-        MissingExtraError: one of them is not installed.
+        MissingExtraError: a package of :data:`EXTRAS` is not installed; the message is the command that installs it.
     """
     try:
         yield
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("fgd_hooks"):
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
             raise
-        raise MissingExtraError(
-            f'The package {error.name} is not installed; install it with: pip install "fgd-hooks[{extra}]"'
-        ) from None
+        command = f'pip install "fgd-hooks[{extra or EXTRAS[package]}]"'
+        raise MissingExtraError(f"The package {package} is not installed; install it with: {command}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fgd_hooks.cli.settings import check_settings, split_settings
 from fgd_hooks.config import FGDConfig, load_config
 from fgd_hooks.diagnostics.attention import LevelSheet, attention_distances, attention_sheets
 from fgd_hooks.diagnostics.plots import save_sheets
@@ -23,7 +25,6 @@ from fgd_hooks.integrations.ultralytics.monitor import SETTINGS_FILE
 from fgd_hooks.integrations.ultralytics.teacher import fuse_files, load_teachers, with_score_taps
 from fgd_hooks.pairing import signature
 from fgd_hooks.utils.checkpoint import LAST_CHECKPOINT, read_checkpoint
-from fgd_hooks.utils.registry import suggestion
 
 Sample = tuple[str, Tensor, Tensor]
 
@@ -117,19 +118,16 @@ def show(
     return Shown(save_sheets(sheets, out, top=top), adapters, adapted, attention_distances(sheets))
 
 
-def show_command(settings: dict[str, Any], overrides: Sequence[str]) -> None:
+def show_command(arguments: argparse.Namespace) -> None:
     """``fgd show``: check the keys, draw, and say what was drawn and how far student and teacher are apart.
 
     Raises:
         ConfigError: a key is missing or unknown; and what :func:`show` raises.
     """
+    settings, overrides = split_settings(arguments.settings)
     known = [name for name in inspect.signature(show).parameters if name != "overrides"]
-    for key in settings:
-        if key not in known:
-            raise ConfigError(f"There is no setting {key!r}. {suggestion(key, [*known, 'fgd.*'])}")
-    for key, meaning in (("student", "weights of the student"), ("teacher", "weights of its teacher")):
-        if not settings.get(key):
-            raise ConfigError(f"{key}= is missing ({meaning}); see fgd show --help.")
+    required = {"student": "weights of the student", "teacher": "weights of its teacher"}
+    check_settings(settings, required, [*known, "fgd.*"])
     shown = show(**settings, overrides=overrides)
     print(shown.adapters)
     if shown.adapted:

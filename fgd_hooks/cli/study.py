@@ -7,7 +7,6 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 from fgd_hooks.errors import StudyError
 from fgd_hooks.study.plan import TEST, Plan, Planner
@@ -28,14 +27,9 @@ examples:
 """
 
 
-def add_parser(commands: Any) -> None:
-    """Add ``study`` to the sub-commands of ``fgd``."""
-    study = commands.add_parser(
-        "study",
-        help="arms x seeds x data sets: train side by side, resumable; tables and plots",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(study: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``fgd study``."""
+    study.epilog = EPILOG
     study.add_argument(
         "study",
         type=Path,
@@ -78,7 +72,13 @@ def add_parser(commands: Any) -> None:
     study.add_argument(
         "--overview", type=Path, metavar="FILE", help="one table of what the default gains in all these folders"
     )
-    study.set_defaults(run=study_command)
+
+
+def quickstart_command(arguments: argparse.Namespace) -> None:
+    """``fgd quickstart``: prints its own table."""
+    from fgd_hooks.study.quickstart import quickstart
+
+    quickstart(arguments.out, seeds=arguments.seeds)
 
 
 def study_command(arguments: argparse.Namespace) -> int:

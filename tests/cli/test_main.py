@@ -1,10 +1,14 @@
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
 pytest.importorskip("ultralytics")
 
-from fgd_hooks.cli.main import main
+import fgd_hooks
+from fgd_hooks.cli.main import COMMANDS, main
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +22,87 @@ def fails(capsys, *arguments):
     captured = capsys.readouterr()
     assert len(captured.err.strip().splitlines()) >= 1
     return captured.err
+
+
+def run(*arguments, missing=(), **environment):
+    """``python -m fgd_hooks`` in a process of its own, without some packages; its output ends with what it imported."""
+    code = (
+        f"import sys, runpy; sys.modules.update(dict.fromkeys({list(missing)!r})); sys.argv = {['fgd', *arguments]!r}\n"
+        "try:\n    runpy.run_module('fgd_hooks', run_name='__main__')\n"
+        "finally:\n    print(*(name for name in ('torch', 'numpy', 'ultralytics') if sys.modules.get(name)))"
+    )
+    environment = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["--help"], "quickstart"),
+        (["--version"], fgd_hooks.__version__),
+        (["train", "--help"], "fgd.balance.ratio"),
+        (["compare", "--help"], "curves.png"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_help_and_version_import_nothing_heavy(arguments, shown):
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert shown in done.stdout
+    assert done.stdout.splitlines()[-1] == "", "torch is imported only where it is needed"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing", "extra"),
+    [
+        (["train", "teacher=t.pt", "model=m.yaml"], "ultralytics", "ultralytics"),
+        (["show", "student=s.pt", "teacher=t.pt"], "PIL", "ultralytics"),
+        (["eval", "m.pt", "data=d.yaml"], "rich", "ultralytics"),
+        (["compare", "run"], "rich", "eval"),
+        (["levels", "yolo26n.yaml"], "ultralytics", "ultralytics"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else value,
+)
+def test_a_missing_package_is_one_line_with_the_command(arguments, missing, extra):
+    done = run(*arguments, missing=[missing])
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line == (
+        f'fgd {arguments[0]}: The package {missing} is not installed; install it with: pip install "fgd-hooks[{extra}]"'
+    )
+
+
+def test_another_missing_package_is_no_matter_of_extras(monkeypatch):
+    def of_the_users_own(arguments):
+        raise ModuleNotFoundError("No module named 'mine'", name="mine")
+
+    monkeypatch.setattr("fgd_hooks.cli.levels.levels_command", of_the_users_own)
+    with pytest.raises(ModuleNotFoundError, match="mine"):
+        main(["levels", "mine:model"])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_ctrl_c_says_how_to_go_on(name, monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    module, _, function = COMMANDS[name].run.partition(":")
+    monkeypatch.setattr(f"fgd_hooks.cli.{module}.{function}", interrupted)
+    assert main([name, *(["x"] if name in ("levels", "eval", "compare", "study") else [])]) == 130
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line == f"fgd {name}: interrupted; {COMMANDS[name].again}."
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("fgd qui", "quickstart "), ("fgd study s.yaml --over", "--overview ")],
+    ids=["word", "option"],
+)
+def test_the_shell_completes_words_and_options(typed, offered, tmp_path):
+    pytest.importorskip("argcomplete")
+    variables = {"_ARGCOMPLETE": "1", "COMP_LINE": typed, "COMP_POINT": str(len(typed)), "_ARGCOMPLETE_IFS": "\n"}
+    run(**variables, _ARGCOMPLETE_STDOUT_FILENAME=str(tmp_path / "offered"))
+    assert (tmp_path / "offered").read_text().splitlines() == [offered]
 
 
 def test_levels_of_one_model(capsys):

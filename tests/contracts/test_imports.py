@@ -14,7 +14,7 @@ LAYERS = [  # from the ground up; `evaluation` stands on errors alone
     "diagnostics",
     "integrations",
     "study __init__",
-    "cli trainers benchmarks results",
+    "cli __main__ trainers benchmarks results",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 FILES = {

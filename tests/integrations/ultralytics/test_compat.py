@@ -100,7 +100,7 @@ def test_the_command_line_names_a_missing_text_encoder(monkeypatch, teacher_file
     def missing(model):
         raise ModuleNotFoundError("No module named 'clip'", name="clip")
 
-    monkeypatch.setattr("fgd_hooks.cli.main.load_yolo", missing)
+    monkeypatch.setattr("fgd_hooks.cli.train.load_yolo", missing)
     assert main(["train", f"teacher={teacher_file}", "model=yolov8s-world.yaml", f"data={data}"]) == 2
     assert "pip install git+https://github.com/ultralytics/CLIP.git" in capsys.readouterr().err
 
