@@ -1,7 +1,7 @@
 """Distillation losses between one student and one teacher feature map, each registered by name."""
 
 from fgd_hooks.losses.attention import channel_attention, spatial_attention
-from fgd_hooks.losses.base import LOSSES, FeatureLoss, LossResult, create_loss, list_losses, register_loss
+from fgd_hooks.losses.base import LOSSES, FeatureLoss, LossResult, Targets, create_loss, list_losses, register_loss
 from fgd_hooks.losses.cwd import CWDLoss
 from fgd_hooks.losses.fgd import PRESETS, FGDLoss
 from fgd_hooks.losses.gc_block import GcBlock
@@ -22,6 +22,7 @@ __all__ = [
     "MGDLoss",
     "PKDLoss",
     "ScoredLoss",
+    "Targets",
     "channel_attention",
     "create_loss",
     "list_losses",

@@ -26,8 +26,17 @@ class Weights(NamedTuple):
         return bool(self.foreground or self.background)
 
 
-Terms = tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]
-"""The weighted sum of the terms foreground, background, attention and global; those four weighted; and raw."""
+class Inputs(NamedTuple):
+    """What the terms of one level are computed from."""
+
+    student: Tensor  # (N, C, H, W)
+    teacher: Tensor  # (N, C, H, W), takes no gradient
+    foreground: Tensor  # (N, H, W) mask S, in the floating type to compute in
+    background: Tensor  # (N, H, W) mask B, likewise
+    student_block: Sequence[Tensor]  # weights of the student's context block in the order of GcBlock.weights
+    teacher_block: Sequence[Tensor]  # those of the teacher's
+    temperature: float  # T of both attentions
+    weights: Weights
 
 
 def spatial_attention(feature: Tensor, temperature: float = 0.5) -> Tensor:
@@ -61,46 +70,25 @@ def channel_attention(feature: Tensor, temperature: float = 0.5) -> Tensor:
         return torch.softmax(logits, 1) * feature.shape[1]
 
 
-def plain_terms(
-    student: Tensor,
-    teacher: Tensor,
-    foreground: Tensor,
-    background: Tensor,
-    student_block: Sequence[Tensor],
-    teacher_block: Sequence[Tensor],
-    temperature: float,
-    weights: Weights,
-) -> Terms:
-    """FGD's terms for one level, all scalars and divided by N.
-
-    Args:
-        student: (N, C, H, W).
-        teacher: (N, C, H, W), takes no gradient.
-        foreground: (N, H, W) mask S, in the floating type to compute in.
-        background: (N, H, W) mask B, likewise.
-        student_block: the weights of the student's context block in the order of ``GcBlock.weights``.
-        teacher_block: those of the teacher's.
-        temperature: T of both attentions.
-        weights: the weights of the terms.
-    """
-    dtype = foreground.dtype
-    with no_autocast(student.device):
-        s, t = student.to(dtype), teacher.detach().to(dtype)
+def plain_terms(inputs: Inputs) -> list[Tensor]:
+    """The terms foreground, background, attention and global before their weights, () each and divided by N."""
+    dtype, weights, temperature = inputs.foreground.dtype, inputs.weights, inputs.temperature
+    with no_autocast(inputs.student.device):
+        s, t = inputs.student.to(dtype), inputs.teacher.detach().to(dtype)
         fg = bg = at = gl = s.sum() * 0
         spatial, channel = spatial_attention(t, temperature), channel_attention(t, temperature)
         if weights.focal:
             energy = spatial * torch.einsum("nchw,nc->nhw", (t - s).square(), channel)
-            fg = (foreground * energy).sum() if weights.foreground else fg
-            bg = (background * energy).sum() if weights.background else bg
+            fg = (inputs.foreground * energy).sum() if weights.foreground else fg
+            bg = (inputs.background * energy).sum() if weights.background else bg
         if weights.attention:
             at = (spatial_attention(s, temperature) - spatial).abs().sum()
             at = at + (channel_attention(s, temperature) - channel).abs().sum()
         if weights.context:
-            relation = add_context(t, [weight.to(dtype) for weight in teacher_block])
-            gl = (relation - add_context(s, [weight.to(dtype) for weight in student_block])).square().sum()
-        raw = tuple(term / len(s) for term in (fg, bg, at, gl))
-        parts = tuple(term * weight for term, weight in zip(raw, weights, strict=True))
-        return parts[0] + parts[1] + parts[2] + parts[3], parts, raw
+            blocks = ([weight.to(dtype) for weight in block] for block in (inputs.student_block, inputs.teacher_block))
+            by_student, by_teacher = (add_context(x, block) for x, block in zip((s, t), blocks, strict=True))
+            gl = (by_teacher - by_student).square().sum()
+        return [term / len(s) for term in (fg, bg, at, gl)]
 
 
 def compute_dtype(*features: Tensor) -> torch.dtype:

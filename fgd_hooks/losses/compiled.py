@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -42,8 +43,7 @@ AS_THEY_ARE = Passes(forward_group, backward_group)
 @functools.cache
 def compiled_passes(backend: str = "inductor") -> Passes:
     """The same passes compiled, for each size that they meet."""
-    both = (torch.compile(each, backend=backend, dynamic=False) for each in (forward_group, backward_group))
-    return Passes(*both)
+    return Passes(*(torch.compile(each, backend=backend, dynamic=False) for each in AS_THEY_ARE))
 
 
 class Choice:
@@ -56,30 +56,19 @@ class Choice:
 
     def __init__(self, wanted: bool | None) -> None:
         self.wanted = wanted
-        self.uses: dict[tuple[Any, ...], int] = {}
+        self.uses: Counter[tuple[Any, ...]] = Counter()
         self.found: dict[tuple[Any, ...], bool] = {}
 
     def passes(self, feature: Tensor, trial: Callable[[Passes], object]) -> Passes:
-        """The passes to use for a feature (N, C, H, W).
-
-        Args:
-            feature: of the level.
-            trial: runs forward and backward once with the given passes, on tensors of its own.
-        """
+        """The passes for a feature (N, C, H, W); ``trial`` runs forward and backward once, on tensors of its own."""
         wanted = self.wanted
         if wanted is None and feature.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
-            wanted = self._tried(feature, trial)
+            kind = (tuple(feature.shape), feature.dtype, feature.stride())
+            self.uses[kind] += 1
+            if self.uses[kind] == TRIED_AT:
+                self.found[kind] = faster(trial, feature.device)
+            wanted = self.found.get(kind)
         return compiled_passes(BACKEND) if wanted else AS_THEY_ARE
-
-    def _tried(self, feature: Tensor, trial: Callable[[Passes], object]) -> bool:
-        kind = (tuple(feature.shape), feature.dtype, feature.stride())
-        if kind in self.found:
-            return self.found[kind]
-        self.uses[kind] = uses = self.uses.get(kind, 0) + 1
-        if uses < TRIED_AT:
-            return False
-        self.found[kind] = faster(trial, feature.device)
-        return self.found[kind]
 
 
 def faster(trial: Callable[[Passes], object], device: torch.device) -> bool:
@@ -101,11 +90,9 @@ def faster(trial: Callable[[Passes], object], device: torch.device) -> bool:
 
 
 def seconds(trial: Callable[[Passes], object], passes: Passes, device: torch.device) -> float:
-    """The time of one trial, waited for on a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """The time of one trial on a GPU."""
+    torch.cuda.synchronize(device)
     start = time.perf_counter()
     trial(passes)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    torch.cuda.synchronize(device)
     return time.perf_counter() - start

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fgd_hooks.losses.base import WholeMapLoss, check_temperature, register_loss
+from fgd_hooks.losses.base import FeatureLoss, Targets, check_temperature, register_loss
 
 
 @register_loss("cwd")
-class CWDLoss(WholeMapLoss):
+class CWDLoss(FeatureLoss):
     """Each channel as a distribution over its cells, compared by the Kullback-Leibler divergence (Eq. 4 and 5).
 
         p = softmax over (h, w) of F / T
         channelwise = alpha * T^2 / C * sum over c, h, w of p_t * log(p_t / p_s) / N
 
-    The boxes play no part. Sums are in float32, or float64 if a feature is.
+    The boxes play no part.
 
     Args:
         channels: C of both features, for a clear error if they have another; None takes any.
@@ -28,11 +28,11 @@ class CWDLoss(WholeMapLoss):
     part_names = ("channelwise",)
 
     def __init__(self, channels: int | None = None, temperature: float = 1.0, alpha: float = 1.0) -> None:
-        super().__init__(channels, alpha)
+        super().__init__(channels, alpha=alpha)
         check_temperature(temperature)
         self.temperature = temperature
 
-    def measure(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def terms(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """The divergence, (), of two features (N, C, H, W)."""
         log_s = (student.flatten(2) / self.temperature).log_softmax(2)
         log_t = (teacher.flatten(2) / self.temperature).log_softmax(2)

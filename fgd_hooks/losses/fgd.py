@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fgd_hooks.losses.attention import Weights, compute_dtype, plain_terms
-from fgd_hooks.losses.base import (
-    FeatureLoss,
-    LossResult,
-    check_features,
-    check_temperature,
-    check_weights,
-    pack_boxes,
-    register_loss,
-)
+from fgd_hooks.losses.attention import Inputs, Weights, compute_dtype, plain_terms
+from fgd_hooks.losses.base import FeatureLoss, LossResult, Targets, check_temperature, register_loss
 from fgd_hooks.losses.compiled import Choice
 from fgd_hooks.losses.fused import fused_terms
 from fgd_hooks.losses.gc_block import GcBlock
-from fgd_hooks.masks import Canvas, PackedBoxes, box_masks
 from fgd_hooks.utils.registry import suggestion
 
 PRESETS: dict[str, dict[str, float]] = {
@@ -43,11 +34,7 @@ class FGDLoss(FeatureLoss):
         global     = lambda * sum (R_t(F_t) - R_s(F_s))^2 / N
 
     with the masks S and B of :func:`fgd_hooks.masks.box_masks`, the attentions A_S and A_C of the teacher (t) and the
-    student (s), and a trained context block R for each. All arithmetic is in float32, or float64 if a feature is,
-    whatever autocast says.
-
-    A weight of 0 saves that part's work; the part is then 0. The weights are plain attributes and may be changed
-    between steps.
+    student (s), and a trained context block R for each. A weight of 0 saves that part's work; the part is then 0.
 
     Args:
         channels: C of both features.
@@ -80,12 +67,9 @@ class FGDLoss(FeatureLoss):
         fused: bool = True,
         compiled: bool | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(channels, alpha=alpha, beta=beta, gamma=gamma, lambda_=lambda_)
         check_temperature(temperature)
-        check_weights(alpha=alpha, beta=beta, gamma=gamma, lambda_=lambda_)
-        self.channels = channels
         self.temperature = temperature
-        self.alpha, self.beta, self.gamma, self.lambda_ = alpha, beta, gamma, lambda_
         self.fused = fused
         self.choice = Choice(compiled)
         self.student_context = GcBlock(channels)
@@ -107,41 +91,26 @@ class FGDLoss(FeatureLoss):
             raise ValueError(f"There is no FGD preset {preset!r}. {suggestion(preset, PRESETS)}")
         return cls(channels, **{**PRESETS[preset], **changes})
 
-    @property
-    def weights(self) -> dict[str, float]:
-        """The weight of each part by its name."""
-        return dict(zip(self.part_names, (self.alpha, self.beta, self.gamma, self.lambda_), strict=True))
+    def compare(self, student: Tensor, teacher: Tensor, targets: Targets) -> LossResult:
+        """The parts by the fused passes, which weigh and sum them too; else by the template."""
+        if not self.fused or torch.compiler.is_compiling():
+            return super().compare(student, teacher, targets)
+        loss, *terms = fused_terms(self._inputs(student, teacher, targets), self.choice)
+        parts, raw = (dict(zip(self.part_names, each, strict=True)) for each in (terms[:4], terms[4:]))
+        return LossResult(parts, raw, loss)
 
-    def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        boxes: Sequence[Tensor] | PackedBoxes,
-        canvas: Canvas | None = None,
-    ) -> LossResult:
-        """The four parts for one level; arguments as in :meth:`FeatureLoss.forward`.
+    def terms(self, student: Tensor, teacher: Tensor, targets: Targets) -> list[Tensor]:
+        """The four terms of two features (N, C, H, W), () each."""
+        return plain_terms(self._inputs(student, teacher, targets))
 
-        Raises:
-            ValueError: features that differ in shape or in channels from the loss, boxes of another number of images.
-        """
-        check_features(student, teacher, self.channels)
-        teacher = teacher.detach()
-        dtype = compute_dtype(student, teacher)
+    def _inputs(self, student: Tensor, teacher: Tensor, targets: Targets) -> Inputs:
         weights = Weights(*self.weights.values())
-        n, _, height, width = student.shape
         if weights.focal:
-            masks = box_masks(pack_boxes(boxes, canvas, student), height, width, dtype)
+            masks = targets.masks(student, teacher)
         else:
-            masks = (student.new_zeros((n, height, width), dtype=dtype),) * 2
+            masks = (student.new_zeros(student[:, 0].shape, dtype=compute_dtype(student, teacher)),) * 2
         blocks = self.student_context.weights(), self.teacher_context.weights()
-        arguments = (student, teacher, *masks, *blocks, self.temperature, weights)
-        if self.fused and not torch.compiler.is_compiling():
-            loss, parts, raw = fused_terms(*arguments, self.choice)
-        else:
-            loss, parts, raw = plain_terms(*arguments)
-        return LossResult(
-            dict(zip(self.part_names, parts, strict=True)), dict(zip(self.part_names, raw, strict=True)), loss
-        )
+        return Inputs(student, teacher, *masks, *blocks, self.temperature, weights)
 
     def load_official(self, state: Mapping[str, Tensor]) -> None:
         """Load the context blocks from a state_dict of the authors' loss class.

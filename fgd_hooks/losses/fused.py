@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fgd_hooks.losses.attention import Terms, Weights, no_autocast, plain_terms
+from fgd_hooks.losses.attention import Inputs, Weights, no_autocast, plain_terms
 from fgd_hooks.losses.compiled import AS_THEY_ARE, Choice, Passes
 from fgd_hooks.losses.fused_passes import Blocks, Context, Factors, Group
 from fgd_hooks.losses.gc_block import transform, transform_backward
@@ -33,68 +33,41 @@ _CPU_ELEMENTS = 1 << 19
 _GPU_ELEMENTS = 1 << 25
 
 
-def fused_terms(
-    student: Tensor,
-    teacher: Tensor,
-    foreground: Tensor,
-    background: Tensor,
-    student_block: Sequence[Tensor],
-    teacher_block: Sequence[Tensor],
-    temperature: float,
-    weights: Weights,
-    choice: Choice | None = None,
-) -> Terms:
-    """What :func:`plain_terms` computes, from the same arguments; each result may be differentiated on its own.
+def fused_terms(inputs: Inputs, choice: Choice) -> tuple[Tensor, ...]:
+    """The weighted sum of what :func:`plain_terms` computes, those four terms weighted, and raw: nine scalars.
 
-    Args:
-        student: (N, C, H, W), as all further ones in :func:`plain_terms`.
-        teacher: (N, C, H, W).
-        foreground: (N, H, W).
-        background: (N, H, W).
-        student_block: weights of the student's context block.
-        teacher_block: weights of the teacher's.
-        temperature: T.
-        weights: of the four terms.
-        choice: whether the heavy passes run compiled; None: as they are.
+    Each may be differentiated on its own. ``choice`` says whether the heavy passes run compiled.
     """
+    student, *masked, student_block, teacher_block, temperature, weights = inputs
     blocks = (*student_block, *teacher_block)
 
     def trial(passes: Passes) -> None:
         own = [each.detach().requires_grad_() for each in (student, *blocks)]
         with torch.enable_grad():
-            loss = _FusedTerms.apply(own[0], teacher, foreground, background, temperature, weights, passes, *own[1:])[0]  # type: ignore[no-untyped-call]
+            loss = _FusedTerms.apply(own[0], (temperature, weights, passes), *masked, *own[1:])[0]
             torch.autograd.grad(loss, own, allow_unused=True)
 
-    passes = AS_THEY_ARE if choice is None else choice.passes(student, trial)
-    loss, *each = _FusedTerms.apply(  # type: ignore[no-untyped-call]
-        student, teacher, foreground, background, temperature, weights, passes, *blocks
-    )
-    return loss, tuple(each[:4]), tuple(each[4:])
+    settings = temperature, weights, choice.passes(student, trial)
+    results: tuple[Tensor, ...] = _FusedTerms.apply(student, settings, *masked, *blocks)
+    return results
 
 
 class _FusedTerms(torch.autograd.Function):
-    """Arguments as in :func:`fused_terms`; nine scalars: the loss, four weighted terms, four raw ones."""
+    """Of the student's feature, the settings, then teacher, both masks and both blocks' weights: the nine scalars."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        foreground: Tensor,
-        background: Tensor,
-        temperature: float,
-        weights: Weights,
-        passes: Passes,
-        *parameters: Tensor,
+        ctx: Any, student: Tensor, settings: tuple[float, Weights, Passes], *others: Tensor
     ) -> tuple[Tensor, ...]:
+        teacher, foreground, background, *parameters = others
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(student, teacher, foreground, background, *parameters)
-        ctx.temperature, ctx.weights, ctx.passes = temperature, weights, passes
+        ctx.save_for_backward(student, *others)
+        ctx.temperature, ctx.weights, ctx.passes = temperature, weights, passes = settings
         ctx.kept, ctx.transformed, ctx.shift = [], (), None  # vectors and maps, no input and no result among them
         blocks = _blocks(parameters, foreground.dtype)
         sums: list[Tensor] = []
         with no_autocast(student.device):
-            for group in _groups(student, teacher, foreground, background, passes):
+            for group in _groups((student, teacher, foreground, background), passes):
                 terms, kept = passes.forward(group, temperature, weights, blocks)
                 sums = _add_each(sums, terms)
                 ctx.kept.append(kept)
@@ -104,10 +77,7 @@ class _FusedTerms(torch.autograd.Function):
                 ctx.offset = ctx.transformed[1][-1] - ctx.transformed[0][-1]
                 ctx.shift = _join([kept.mean[0] for kept in ctx.kept]) + ctx.offset
                 sums[3] = sums[3] + ctx.shift.square().sum() * foreground[0].numel()
-            raw = [term / len(student) for term in sums]
-            parts = [term * weight for term, weight in zip(raw, weights, strict=True)]
-            loss = parts[0] + parts[1] + parts[2] + parts[3]
-        return loss, *parts, *raw
+            return _weighted([term / len(student) for term in sums], weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -126,7 +96,7 @@ class _FusedTerms(torch.autograd.Function):
             if factors.context is not None:
                 blocks = _blocks(parameters, foreground.dtype)
                 context, by_parameters = _context(ctx, factors.context, foreground[0].numel(), blocks)
-            groups = _groups(student, teacher, foreground, background, ctx.passes)
+            groups = _groups((student, teacher, foreground, background), ctx.passes)
             for kept, group in zip(ctx.kept, groups, strict=True):
                 alone = len(ctx.kept) == 1
                 of_group = context if alone or context is None else context.of(group.images)
@@ -135,22 +105,26 @@ class _FusedTerms(torch.autograd.Function):
                 by_wk = _add_each(by_wk, found)
             if by_wk:
                 by_parameters[0], by_parameters[len(parameters) // 2] = by_wk
-        return (by_student, None, None, None, None, None, None, *by_parameters)
+        return (by_student, *[None] * 4, *by_parameters)
+
+
+def _weighted(raw: list[Tensor], weights: Weights) -> tuple[Tensor, ...]:
+    """The nine results for the four raw terms."""
+    parts = [term * weight for term, weight in zip(raw, weights, strict=True)]
+    return parts[0] + parts[1] + parts[2] + parts[3], *parts, *raw
 
 
 def _differentiable_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """The same gradients with a graph of their own, at the cost of the plain operations."""
     student, teacher, foreground, background, *parameters = ctx.saved_tensors
-    half = len(parameters) // 2
-    loss, parts, raw = plain_terms(
-        student, teacher, foreground, background, parameters[:half], parameters[half:], ctx.temperature, ctx.weights
-    )
-    asked = [(term, grad) for term, grad in zip((loss, *parts, *raw), grads, strict=True) if grad is not None]
+    blocks = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
+    raw = plain_terms(Inputs(student, teacher, foreground, background, *blocks, ctx.temperature, ctx.weights))
+    asked = [(term, grad) for term, grad in zip(_weighted(raw, ctx.weights), grads, strict=True) if grad is not None]
     inputs = [tensor for tensor in (student, *parameters) if tensor.requires_grad]
     outputs, incoming = zip(*asked, strict=True)
     found = iter(torch.autograd.grad(outputs, inputs, incoming, create_graph=True, allow_unused=True))
     by_student, *by_parameters = (next(found) if x.requires_grad else None for x in (student, *parameters))
-    return (by_student, None, None, None, None, None, None, *by_parameters)
+    return (by_student, *[None] * 4, *by_parameters)
 
 
 def _context(ctx: Any, factor: Tensor, cells: int, blocks: Blocks) -> tuple[Context, list[Tensor | None]]:
@@ -166,22 +140,20 @@ def _context(ctx: Any, factor: Tensor, cells: int, blocks: Blocks) -> tuple[Cont
     return Context(scale, ctx.offset, tuple(by_pooled), columns), by_weights
 
 
-def _groups(
-    student: Tensor, teacher: Tensor, foreground: Tensor, background: Tensor, passes: Passes
-) -> Iterator[Group]:
-    """The batch in groups of images of a size that suits the device."""
-    flat = (student.flatten(2), teacher.flatten(2), foreground.flatten(1), background.flatten(1))
-    n, c, p = flat[0].shape
-    limit = _CPU_ELEMENTS if student.device.type == "cpu" else _GPU_ELEMENTS
+def _groups(maps: Sequence[Tensor], passes: Passes) -> Iterator[Group]:
+    """The batch, features (N, C, H, W) and masks (N, H, W), in groups of images of a size that suits the device."""
+    flat = [each.flatten(-2) for each in maps]
+    (n, c, p), on_cpu = flat[0].shape, flat[0].device.type == "cpu"
+    limit = _CPU_ELEMENTS if on_cpu else _GPU_ELEMENTS
     chunks = _cut(c, max(1, limit // p))
     groups = _cut(n, max(1, limit // (c * p)))
     scratch: list[Tensor] = []
-    if passes is AS_THEY_ARE and student.device.type == "cpu" and all(tensor.is_contiguous() for tensor in flat[:2]):
+    if passes is AS_THEY_ARE and on_cpu and all(each.is_contiguous() for each in flat[:2]):
         # Fresh memory for every step costs the CPU more, in page faults, than the step itself.
         of_piece = groups[0].stop * chunks[0].stop * p
-        scratch = [foreground.new_empty(of_piece) for _ in range(2)]
+        scratch = [flat[2].new_empty(of_piece) for _ in range(2)]
     for images in groups:
-        s, t, fg, bg = flat if len(groups) == 1 else (tensor[images] for tensor in flat)
+        s, t, fg, bg = flat if len(groups) == 1 else (each[images] for each in flat)
         yield Group(images, s, t, fg, bg, chunks, scratch)
 
 
@@ -193,9 +165,8 @@ def _cut(length: int, limit: int) -> list[slice]:
 
 def _factors(grads: Sequence[Tensor | None], weights: Weights, images: int) -> Factors:
     """From the gradients at the function's nine results to one per raw term, before the division by N."""
-    of_loss, of_parts, of_raw = grads[0], grads[1:5], grads[5:]
-    factors = []
-    for weight, of_part, of_term in zip(weights, of_parts, of_raw, strict=True):
+    of_loss, factors = grads[0], []
+    for weight, of_part, of_term in zip(weights, grads[1:5], grads[5:], strict=True):
         total = None
         for grad, scale in ((of_loss, weight / images), (of_part, weight / images), (of_term, 1 / images)):
             if grad is not None and weight:
@@ -206,9 +177,8 @@ def _factors(grads: Sequence[Tensor | None], weights: Weights, images: int) -> F
 
 def _dense_like(feature: Tensor) -> Tensor:
     """An empty tensor whose H and W can be flattened without a copy, channels last where ``feature`` is."""
-    if feature.is_contiguous() or not feature.is_contiguous(memory_format=torch.channels_last):
-        return torch.empty_like(feature, memory_format=torch.contiguous_format)
-    return torch.empty_like(feature, memory_format=torch.channels_last)
+    channels_last = not feature.is_contiguous() and feature.is_contiguous(memory_format=torch.channels_last)
+    return torch.empty_like(feature, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def _blocks(parameters: Sequence[Tensor], dtype: torch.dtype) -> Blocks:

@@ -48,21 +48,13 @@ class GcBlock(nn.Module):
 
     def weights(self) -> tuple[Tensor, ...]:
         """W_k, W1, b1, LN weight, LN bias, W2, b2: the order that the fused loss expects."""
-        return (
-            self.attend.weight,
-            self.reduce.weight,
-            self.reduce.bias,
-            self.norm.weight,
-            self.norm.bias,
-            self.expand.weight,
-            self.expand.bias,
-        )
+        reduce, norm, expand = self.reduce, self.norm, self.expand
+        return (self.attend.weight, reduce.weight, reduce.bias, norm.weight, norm.bias, expand.weight, expand.bias)
 
 
 def add_context(feature: Tensor, block: Sequence[Tensor]) -> Tensor:
     """R(F) of ``feature`` (N, C, H, W) for the weights in the order of :meth:`GcBlock.weights`."""
-    offset = transform(pool(feature, block[0]), block)[-1]
-    return feature + offset[:, :, None, None]
+    return feature + transform(pool(feature, block[0]), block)[-1][:, :, None, None]
 
 
 def pool(feature: Tensor, wk: Tensor) -> Tensor:
@@ -73,15 +65,7 @@ def pool(feature: Tensor, wk: Tensor) -> Tensor:
 
 
 def transform(pooled: Tensor, block: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """W2 ReLU(LN(W1 x)) of a context x.
-
-    Args:
-        pooled: x, (N, C).
-        block: the weights in the order of :meth:`GcBlock.weights`.
-
-    Returns:
-        W1 x, its mean and reciprocal deviation, ReLU(LN(W1 x)): what the backward pass needs; then the result (N, C).
-    """
+    """W2 ReLU(LN(W1 x)) of a context x (N, C): first what the backward pass needs, last the result (N, C)."""
     _, w1, b1, ln_weight, ln_bias, w2, b2 = block
     hidden = torch.addmm(b1, pooled, w1.t())
     normed, mean, rstd = torch.native_layer_norm(hidden, ln_weight.shape, ln_weight, ln_bias, LAYER_NORM_EPS)
@@ -92,13 +76,9 @@ def transform(pooled: Tensor, block: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def transform_backward(
     grad: Tensor, pooled: Tensor, block: Sequence[Tensor], kept: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """The gradient of :func:`transform` at x (N, C), and those at W1, b1, LN weight, LN bias, W2, b2.
+    """For the gradient at the result (N, C), and what :func:`transform` took and returned: the gradient at x (N, C).
 
-    Args:
-        grad: gradient at the result, (N, C).
-        pooled: as given to :func:`transform`.
-        block: as given to :func:`transform`.
-        kept: what :func:`transform` returned.
+    And those at W1, b1, LN weight, LN bias, W2, b2.
     """
     _, w1, _, ln_weight, ln_bias, w2, _ = block
     hidden, mean, rstd, active, _ = kept

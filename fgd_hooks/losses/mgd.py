@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fgd_hooks.losses.base import WholeMapLoss, register_loss
+from fgd_hooks.losses.base import FeatureLoss, Targets, register_loss
 
 
 @register_loss("mgd")
-class MGDLoss(WholeMapLoss):
+class MGDLoss(FeatureLoss):
     """The student's feature with random cells blanked has to generate the teacher's whole one (Eq. 3 and 4).
 
         M(h, w) = 0 with probability ``masked``, else 1, for each image anew
         generation = alpha * sum (F_t - G(F_s * M))^2 / N,  G = conv3x3 - ReLU - conv3x3, trained along
 
     The mask is drawn from a random generator of its own, which starts at torch's initial seed; the training's random
-    numbers stay as they are. The boxes play no part. Sums are in float32, or float64 if a feature is.
+    numbers stay as they are. The boxes play no part.
 
     Args:
         channels: C of both features.
@@ -32,7 +32,7 @@ class MGDLoss(WholeMapLoss):
     part_names = ("generation",)
 
     def __init__(self, channels: int, masked: float = 0.65, alpha: float = 2e-5) -> None:
-        super().__init__(channels, alpha)
+        super().__init__(channels, alpha=alpha)
         if not 0 <= masked < 1:
             raise ValueError(f"masked must be a fraction from 0 to below 1, found {masked}.")
         self.masked = masked
@@ -41,7 +41,7 @@ class MGDLoss(WholeMapLoss):
         )
         self._random: torch.Generator | None = None
 
-    def measure(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def terms(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """The squared difference, (), of the teacher's feature (N, C, H, W) and the generated one."""
         own = next(self.generation.parameters()).dtype
         generated: Tensor = self.generation(student.to(own) * self.mask(student).to(own))

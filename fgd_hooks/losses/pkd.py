@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fgd_hooks.losses.base import WholeMapLoss, register_loss
+from fgd_hooks.losses.base import FeatureLoss, Targets, register_loss
 
 _EPSILON = 1e-6
 
 
 @register_loss("pkd")
-class PKDLoss(WholeMapLoss):
+class PKDLoss(FeatureLoss):
     """Squared difference of features that are normalised channel by channel (Eq. 3): 1 minus their correlation.
 
         hat(F) = (F - mean) / (std + 1e-6), both over the batch and all cells of a channel
         pearson = alpha * sum (hat(F_t) - hat(F_s))^2 / (2 * N * C * H * W)
 
     Scale and offset of a channel do not matter, so it lends itself to teachers of another family. The std is that of
-    a sample (divided by n - 1); a channel that is constant counts as 0. The boxes play no part. Sums are in float32,
-    or float64 if a feature is.
+    a sample (divided by n - 1); a channel that is constant counts as 0. The boxes play no part.
 
     Args:
         channels: C of both features, for a clear error if they have another; None takes any.
@@ -32,9 +31,9 @@ class PKDLoss(WholeMapLoss):
     part_names = ("pearson",)
 
     def __init__(self, channels: int | None = None, alpha: float = 6.0) -> None:
-        super().__init__(channels, alpha)
+        super().__init__(channels, alpha=alpha)
 
-    def measure(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def terms(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Half the mean square, (), between two features (N, C, H, W) after normalising."""
         return (_normalised(teacher) - _normalised(student)).square().mean() / 2
 

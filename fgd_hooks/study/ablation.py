@@ -7,15 +7,12 @@ module registers the loss; the runs of a study do so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
-from fgd_hooks.losses.attention import channel_attention, compute_dtype, no_autocast, spatial_attention
-from fgd_hooks.losses.base import LossResult, check_features, pack_boxes, register_loss
+from fgd_hooks.losses.attention import channel_attention, spatial_attention
+from fgd_hooks.losses.base import Targets, register_loss
 from fgd_hooks.losses.fgd import FGDLoss
-from fgd_hooks.masks import Canvas, PackedBoxes, box_masks
 from fgd_hooks.utils.registry import suggestion
 
 SCALES = ("boxes", "image", "none")
@@ -101,45 +98,27 @@ class AblationLoss(FGDLoss):
             self.student_context = nn.Identity()  # type: ignore[assignment]
             self.teacher_context = nn.Identity()  # type: ignore[assignment]
 
-    def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        boxes: Sequence[Tensor] | PackedBoxes,
-        canvas: Canvas | None = None,
-    ) -> LossResult:
-        """The four parts for one level; arguments as in :meth:`FeatureLoss.forward`.
+    def terms(self, student: Tensor, teacher: Tensor, targets: Targets) -> list[Tensor]:
+        """The four terms of two features (N, C, H, W), () each."""
+        weights, s, t = self.weights, student, teacher
+        raw = dict.fromkeys(self.part_names, s.sum() * 0)
+        if weights["foreground"] or weights["background"]:
+            masks, energy = self._masks(targets, s, t), self._energy(s, t)
+            raw |= {name: (m * energy).sum() for name, m in zip(raw, masks, strict=False) if weights[name]}
+        if weights["attention"]:
+            by_cell = (spatial_attention(s, self.temperature) - spatial_attention(t, self.temperature)).abs()
+            by_channel = (channel_attention(s, self.temperature) - channel_attention(t, self.temperature)).abs()
+            raw["attention"] = by_cell.sum() + by_channel.sum()
+        if weights["global"]:
+            raw["global"] = (self.teacher_context(t) - self.student_context(s)).square().sum()
+        return [term / len(s) for term in raw.values()]
 
-        Raises:
-            ValueError: features that differ in shape or in channels from the loss, boxes of another number of images.
-        """
-        check_features(student, teacher, self.channels)
-        dtype = compute_dtype(student, teacher)
-        with no_autocast(student.device):
-            s, t = student.to(dtype), teacher.detach().to(dtype)
-            raw = dict.fromkeys(self.part_names, s.sum() * 0)
-            if self.alpha or self.beta:
-                foreground, background = self._masks(pack_boxes(boxes, canvas, student), s)
-                energy = self._energy(s, t)
-                raw["foreground"] = (foreground * energy).sum() if self.alpha else raw["foreground"]
-                raw["background"] = (background * energy).sum() if self.beta else raw["background"]
-            if self.gamma:
-                by_cell = (spatial_attention(s, self.temperature) - spatial_attention(t, self.temperature)).abs()
-                by_channel = (channel_attention(s, self.temperature) - channel_attention(t, self.temperature)).abs()
-                raw["attention"] = by_cell.sum() + by_channel.sum()
-            if self.lambda_:
-                raw["global"] = (self.teacher_context(t) - self.student_context(s)).square().sum()
-            raw = {name: term / len(s) for name, term in raw.items()}
-            parts = {name: term * self.weights[name] for name, term in raw.items()}
-            return LossResult(parts, raw, torch.stack(list(parts.values())).sum())
-
-    def _masks(self, packed: PackedBoxes, feature: Tensor) -> tuple[Tensor, Tensor]:
+    def _masks(self, targets: Targets, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """What the cells weigh on the foreground and on the background, both (N, H, W)."""
-        height, width = feature.shape[2:]
-        foreground, background = box_masks(packed, height, width, feature.dtype)
+        foreground, background = targets.masks(student, teacher)
         if self.scale == "boxes":
             return foreground, background
-        inside = (foreground > 0).to(feature.dtype)
+        inside = (foreground > 0).to(foreground.dtype)
         if self.scale == "none":
             return inside, 1 - inside
         return inside / inside.sum((1, 2), keepdim=True).clamp(min=1), background
