@@ -1,36 +1,21 @@
-"""Typed configuration: plain dataclasses, read from YAML, from dicts and from ``key=value`` texts.
-
-Reading and merging is OmegaConf's (imported only then); a configuration written in Python needs nothing but this file.
-"""
+"""Typed configuration: plain dataclasses, read from YAML, from dicts and from ``key=value`` texts."""
 
 from __future__ import annotations
 
 import dataclasses
-import typing
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from fgd_hooks.errors import ConfigError
-from fgd_hooks.utils.structured_config import (
-    Section,
-    build,
-    check_extent,
-    check_keys,
-    merge,
-    nested,
-    not_negative,
-    one_of,
-    positive,
-    read_yaml,
-    require,
-    sections,
-)
+from fgd_hooks.utils.structured_config import Schema, load
 
 __all__ = [
     "BalanceConfig",
-    "ConfigError",
     "FGDConfig",
     "LossConfig",
     "OptimizerConfig",
@@ -42,7 +27,55 @@ __all__ = [
     "save_config",
 ]
 
-INHERITED = ("auto", "channels", "fitted", "neck", "head", "neck+head", "")
+
+def bound(possible: Callable[[Any], bool], expected: str) -> dict[str, Any]:
+    """Metadata for a field: which values are possible (null, where the type allows it, in any case)."""
+    return {"bound": (possible, expected)}
+
+
+def at_least(least: int, unit: str = "") -> dict[str, Any]:
+    """The bound of a whole number."""
+    return bound(lambda found: isinstance(found, int) and found >= least, f"{least} or more{unit}")
+
+
+def one_of(*known: str) -> dict[str, Any]:
+    """The bound of a name."""
+    return bound(lambda found: found in known, "one of " + ", ".join(map(repr, known)))
+
+
+def _texts(found: Any) -> bool:
+    return isinstance(found, (list, tuple)) and len(found) > 0 and all(isinstance(each, str) for each in found)
+
+
+ABOVE_0 = bound(lambda found: math.isfinite(found) and found > 0, "a finite number above 0")
+FROM_0 = bound(lambda found: math.isfinite(found) and found >= 0, "a finite number, 0 or more")
+NAMES = bound(_texts, "null or a list of at least one text")
+
+
+INHERITED = one_of("auto", "channels", "fitted", "neck", "head", "neck+head", "")
+
+
+class Section:
+    """Base of a configuration's dataclasses: values are checked whenever one is made, types when it is loaded."""
+
+    prefix = ""  # of the keys in messages; without annotation, so that it is no key itself
+
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):  # type: ignore[arg-type]
+            found, section = getattr(self, each.name), each.default_factory
+            if isinstance(section, type) and issubclass(section, Section):
+                self.require(each.name, isinstance(found, section), "a section")
+            elif "bound" in each.metadata and found is not None:
+                possible, expected = each.metadata["bound"]
+                try:
+                    self.require(each.name, possible(found), expected)
+                except TypeError:  # a text has no size
+                    self.require(each.name, False, expected)
+
+    def require(self, name: str, holds: bool, expected: str) -> None:
+        """Raise a ConfigError that names key, value and what is expected, unless ``holds``."""
+        if not holds:
+            raise ConfigError(f"{self.prefix}{name} is {getattr(self, name)!r}; expected {expected}.")
 
 
 @dataclass
@@ -63,10 +96,7 @@ class LossConfig(Section):
     name: str = "fgd"
     preset: str = "anchor_based"
     options: dict[str, Any] = field(default_factory=dict)
-    weight: float = 1.0
-
-    def _check(self) -> None:
-        positive("loss.weight", self.weight)
+    weight: float = field(default=1.0, metadata=ABOVE_0)
 
 
 @dataclass
@@ -82,13 +112,10 @@ class TeacherShare(Section):
     """
 
     name: str | None = None
-    weight: float = 1.0
+    weight: float = field(default=1.0, metadata=ABOVE_0)
     taps: list[str] | None = None
     student_taps: list[str] | None = None
     levels: list[str] | None = None
-
-    def _check(self) -> None:
-        positive("weight", self.weight)
 
 
 @dataclass
@@ -111,32 +138,20 @@ class BalanceConfig(Section):
 
     prefix = "balance."
 
-    mode: str = "gradient"
-    ratio: float = 1.0
+    mode: str = field(default="gradient", metadata=one_of("gradient", "fixed"))
+    ratio: float = field(default=1.0, metadata=ABOVE_0)
     per_level: bool = True
-    momentum: float = 0.5
-    interval: int = 10
-    min_scale: float = 1e-8
-    max_scale: float = 1e8
-    max_change: float = 2.0
-    image_limit: float | None = 2.0
+    momentum: float = field(default=0.5, metadata=bound(lambda found: 0 <= found < 1, "a number from 0 to below 1"))
+    interval: int = field(default=10, metadata=at_least(2, " steps"))
+    min_scale: float = field(default=1e-8, metadata=ABOVE_0)
+    max_scale: float = field(default=1e8, metadata=ABOVE_0)
+    max_change: float = field(default=2.0, metadata=bound(lambda found: found > 1, "a factor above 1"))
+    image_limit: float | None = field(default=2.0, metadata=bound(lambda found: found >= 1, "1 or more, or null"))
 
-    def _check(self) -> None:
-        one_of("balance.mode", self.mode, ("gradient", "fixed"))
-        positive("balance.ratio", self.ratio)
-        require(0 <= self.momentum < 1, "balance.momentum", self.momentum, "a number from 0 to below 1")
-        require(self.interval >= 2, "balance.interval", self.interval, "2 or more steps")
-        positive("balance.min_scale", self.min_scale)
-        positive("balance.max_scale", self.max_scale)
-        require(
-            self.min_scale <= self.max_scale,
-            "balance.min_scale",
-            self.min_scale,
-            f"at most balance.max_scale ({self.max_scale})",
-        )
-        require(self.max_change > 1, "balance.max_change", self.max_change, "a factor above 1")
-        if self.image_limit is not None:
-            require(self.image_limit >= 1, "balance.image_limit", self.image_limit, "1 or more, or null")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expected = f"at most balance.max_scale ({self.max_scale})"
+        self.require("min_scale", self.min_scale <= self.max_scale, expected)
 
 
 @dataclass
@@ -154,22 +169,17 @@ class ScheduleConfig(Section):
 
     prefix = "schedule."
 
-    kind: str = "constant"
-    warmup_steps: int = 0
-    start_epoch: float = 0.0
-    stop_epoch: float | None = 0.35
-    end: float = 0.0
+    kind: str = field(default="constant", metadata=one_of("constant", "linear", "cosine"))
+    warmup_steps: int = field(default=0, metadata=at_least(0))
+    start_epoch: float = field(default=0.0, metadata=FROM_0)
+    stop_epoch: float | None = field(default=0.35, metadata=ABOVE_0)
+    end: float = field(default=0.0, metadata=bound(lambda found: 0 <= found <= 1, "a number from 0 to 1"))
 
-    def _check(self) -> None:
-        one_of("schedule.kind", self.kind, ("constant", "linear", "cosine"))
-        not_negative("schedule.warmup_steps", self.warmup_steps)
-        not_negative("schedule.start_epoch", self.start_epoch)
-        if self.stop_epoch is not None:
-            positive("schedule.stop_epoch", self.stop_epoch)
-            if (self.start_epoch < 1) == (self.stop_epoch <= 1):
-                expected = f"more than schedule.start_epoch ({self.start_epoch})"
-                require(self.stop_epoch > self.start_epoch, "schedule.stop_epoch", self.stop_epoch, expected)
-        require(0 <= self.end <= 1, "schedule.end", self.end, "a number from 0 to 1")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stop_epoch is not None and (self.start_epoch < 1) == (self.stop_epoch <= 1):
+            expected = f"more than schedule.start_epoch ({self.start_epoch})"
+            self.require("stop_epoch", self.stop_epoch > self.start_epoch, expected)
 
 
 @dataclass
@@ -189,13 +199,10 @@ class TeacherConfig(Section):
 
     prefix = "teacher."
 
-    dtype: str = "auto"
+    dtype: str = field(default="auto", metadata=one_of("auto", "float32", "bfloat16", "float16"))
     fuse: bool = True
     compile: bool = False
     name: str | None = None
-
-    def _check(self) -> None:
-        one_of("teacher.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
 
 
 @dataclass
@@ -210,14 +217,9 @@ class OptimizerConfig(Section):
 
     prefix = "optimizer."
 
-    lr: float = 1e-3
-    weight_decay: float = 1e-4
-    clip: float = 10.0
-
-    def _check(self) -> None:
-        positive("optimizer.lr", self.lr)
-        not_negative("optimizer.weight_decay", self.weight_decay)
-        positive("optimizer.clip", self.clip)
+    lr: float = field(default=1e-3, metadata=ABOVE_0)
+    weight_decay: float = field(default=1e-4, metadata=FROM_0)
+    clip: float = field(default=10.0, metadata=ABOVE_0)
 
 
 @dataclass
@@ -252,46 +254,35 @@ class FGDConfig(Section):
             more where epochs are short, so that drawing stays a small share of the training's time.
     """
 
-    weight: float = 1.0
-    every: int = 1
-    student_taps: list[str] | None = None
-    teacher_taps: list[str] | None = None
-    levels: list[str] | None = None
+    weight: float = field(default=1.0, metadata=FROM_0)
+    every: int = field(default=1, metadata=at_least(1, " steps"))
+    student_taps: list[str] | None = field(default=None, metadata=NAMES)
+    teacher_taps: list[str] | None = field(default=None, metadata=NAMES)
+    levels: list[str] | None = field(default=None, metadata=NAMES)
     adapter: str = "auto"
     resize: bool = False
-    inherit: str | None = "auto"
-    boxes_from: str = "labels"
+    inherit: str | None = field(
+        default="auto", metadata=one_of("auto", "channels", "fitted", "neck", "head", "neck+head", "")
+    )
+    boxes_from: str = field(default="labels", metadata=one_of("labels", "masks"))
     losses: list[Any] = field(default_factory=list)
     teachers: list[Any] = field(default_factory=list)
-    score_taps: list[str] | None = None
-    max_bad_steps: int = 50
-    log_interval: int = 10
-    image_interval: int | None = None
+    score_taps: list[str] | None = field(default=None, metadata=NAMES)
+    max_bad_steps: int = field(default=50, metadata=at_least(1))
+    log_interval: int = field(default=10, metadata=at_least(0))
+    image_interval: int | None = field(default=None, metadata=at_least(0))
     loss: LossConfig = field(default_factory=LossConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
-    def _check(self) -> None:
-        not_negative("weight", self.weight)
-        require(self.every >= 1, "every", self.every, "1 or more steps")
-        self.losses = sections(self.losses, LossConfig, "losses")
-        self.teachers = sections(self.teachers, TeacherShare, "teachers")
+    def __post_init__(self) -> None:
+        self.losses = _sections("losses", self.losses, LossConfig)
+        self.teachers = _sections("teachers", self.teachers, TeacherShare)
+        super().__post_init__()
         if self.losses and self.loss != LossConfig():
             raise ConfigError("Both loss and losses are given; move loss into the list losses.")
-        for key in ("student_taps", "teacher_taps", "levels", "score_taps"):
-            value = getattr(self, key)
-            require(value is None or len(value) > 0, key, value, "null or a list of at least one")
-        one_of("boxes_from", self.boxes_from, ("labels", "masks"))
-        expected = ", ".join(repr(each) for each in INHERITED)
-        require(
-            self.inherit is None or self.inherit in INHERITED, "inherit", self.inherit, f"null or one of {expected}"
-        )
-        require(self.max_bad_steps >= 1, "max_bad_steps", self.max_bad_steps, "1 or more")
-        not_negative("log_interval", self.log_interval)
-        if self.image_interval is not None:
-            not_negative("image_interval", self.image_interval)
 
     @property
     def all_losses(self) -> list[LossConfig]:
@@ -325,19 +316,7 @@ def load_config(
         ConfigError: an unknown key, a wrong type or an impossible value; the message names the key, the place it came
             from and the nearest known key.
     """
-    merged: dict[str, Any] = {}
-    sources = []
-    for source, given in (_from_config(config), ("overrides", overrides)):
-        check_extent(given, source)
-        values = nested(given)
-        check_extent(values, source)  # dots are sections, too
-        check_keys(values, source, FGDConfig)
-        merge(merged, values)
-        sources += [source] if values else []
-    try:
-        return typing.cast(FGDConfig, build(FGDConfig, merged))
-    except ConfigError as error:
-        raise ConfigError(f"{', '.join(sources)}: {error}") from None
+    return load(FGDConfig, config, overrides)
 
 
 def config_to_dict(config: FGDConfig) -> dict[str, Any]:
@@ -347,19 +326,12 @@ def config_to_dict(config: FGDConfig) -> dict[str, Any]:
 
 def save_config(config: FGDConfig, path: str | Path) -> None:
     """Write the configuration as YAML; :func:`load_config` reads it back."""
-    from omegaconf import OmegaConf
-
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(config_to_dict(config))), encoding="utf-8")
+    OmegaConf.save(OmegaConf.create(config_to_dict(config)), path)
 
 
-def _from_config(config: FGDConfig | Mapping[str, Any] | str | Path | None) -> tuple[str, dict[str, Any]]:
-    if config is None:
-        return "defaults", {}
-    if isinstance(config, FGDConfig):
-        check_extent(vars(config), "configuration")
-        return "configuration", config_to_dict(config)
-    if isinstance(config, Mapping):
-        return "configuration", dict(config)
-    if not isinstance(config, (str, Path)):
-        raise ConfigError(f"The configuration is a {type(config).__name__}; expected an FGDConfig, a dict or a file.")
-    return str(config), read_yaml(Path(config))
+def _sections(key: str, entries: Sequence[Any], schema: type[Schema]) -> list[Schema]:
+    """Entries of a list as sections: a text stands for a section with that name."""
+    if not isinstance(entries, (list, tuple)):
+        raise ConfigError(f"{key} is {entries!r}; expected a list of names or sections.")
+    named = [{"name": entry} if isinstance(entry, str) else entry for entry in entries]
+    return [load(schema, entry, name=f"{key}[{number}]") for number, entry in enumerate(named)]

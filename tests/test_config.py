@@ -41,7 +41,7 @@ def test_written_and_read_again(tmp_path):
         ("balance: {ratoi: 1}", ["balance.ratoi", "'balance.ratio'"]),
         ("weight: much", ["weight", "much", "float"]),
         ("weight: true", ["weight", "True"]),
-        ("balance: 3", ["balance", "section"]),
+        ("balance: 3", ["balance", "BalanceConfig"]),
         ("balance: {ratio: -1}", ["balance.ratio", "-1"]),
         ("balance: {ratio: .nan}", ["balance.ratio", "nan"]),
         ("balance: {mode: gradients}", ["balance.mode", "'gradient'"]),
@@ -70,7 +70,7 @@ def test_mistakes_in_overrides():
         load_config(None, ["balance.ratio"])
     with pytest.raises(ConfigError, match="ratio"):
         load_config(None, ["balance.ratio=high"])
-    with pytest.raises(ConfigError, match="twice"):
+    with pytest.raises(ConfigError, match="weight"):
         load_config(None, ["weight=1", "weight.x=2"])
 
 
@@ -214,7 +214,24 @@ def test_names_that_no_file_can_have():
             load_config(name)
 
 
-def test_a_reference_to_the_environment_stays_a_text(tmp_path, monkeypatch):
+def test_a_reference_to_the_environment_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET", "hush")
     (tmp_path / "mine.yaml").write_text("adapter: ${oc.env:SECRET}")
-    assert load_config(tmp_path / "mine.yaml").adapter == "${oc.env:SECRET}"
+    for source, overrides in (
+        (tmp_path / "mine.yaml", []),
+        ({"loss": {"options": {"a": ["${weight}"]}}}, []),
+        (None, ["adapter=${weight}"]),
+        (FGDConfig(adapter="${weight}"), []),
+    ):
+        with pytest.raises(ConfigError, match="reference") as raised:
+            load_config(source, overrides)
+        assert "hush" not in str(raised.value)
+
+
+def test_a_key_of_another_section_names_the_right_one():
+    with pytest.raises(ConfigError, match=r"'balance\.ratio'"):
+        load_config(None, ["ratio=1"])
+
+
+def test_objects_that_no_file_holds_reach_a_loss():
+    assert load_config({"loss": {"options": {"reduce": max, "shape": (1, 2)}}}).loss.options["reduce"] is max

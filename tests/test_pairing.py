@@ -216,9 +216,9 @@ def test_scores_of_the_teacher_reach_a_loss_that_needs_them(student, teachers):
         ({"losses": [{"name": "fgd", "wieght": 2}]}, r"losses\[0\]: there is no key wieght. Did you mean 'weight'"),
         (
             {"losses": [{"name": "fgd", "weight": 0}]},
-            r"losses\[0\]: loss.weight is 0; expected a finite number above 0",
+            r"losses\[0\]: loss.weight is 0.0; expected a finite number above 0",
         ),
-        ({"losses": [3]}, r"losses\[0\] is 3; expected a name or a section"),
+        ({"losses": [3]}, r"losses\[0\] is 3; expected keys and values"),
         ({"losses": ["fgd"], "loss": {"name": "cwd"}}, "Both loss and losses are given"),
         ({"teachers": [{"weight": "much"}]}, r"teachers\[0\]: weight is 'much'; expected float"),
     ],
