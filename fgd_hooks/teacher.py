@@ -14,11 +14,11 @@ from fgd_hooks.config import TeacherConfig
 from fgd_hooks.errors import TapError, TeacherError
 from fgd_hooks.taps.hooks import FeatureTaps, StopForward, run_until_tapped
 from fgd_hooks.taps.tap import Tap
-from fgd_hooks.utils.modules import unwrap, version_numbers
+from fgd_hooks.utils.modules import unwrap
 
 logger = logging.getLogger("fgd_hooks")
 
-COMPILES_FROM = (2, 6)
+COMPILES_FROM = "2.6"
 """torch 2.4 compiles a tapped teacher more than once and holds on to its features; tried again with 2.15."""
 
 
@@ -45,10 +45,9 @@ class FrozenTeacher:
         self.taps = FeatureTaps(self.model, taps, role="teacher", stop=True)
         self.taps.enabled = False
         self._compiled: Callable[[Any], list[Tensor]] | None = None
-        if config.compile and version_numbers(torch.__version__) < COMPILES_FROM:
-            needed = ".".join(map(str, COMPILES_FROM))
-            found = torch.__version__
-            logger.warning("teacher.compile=true needs torch %s (found %s); the teacher runs as it is.", needed, found)
+        if config.compile and torch.__version__ < COMPILES_FROM:
+            message = "teacher.compile=true needs torch %s (found %s); the teacher runs as it is."
+            logger.warning(message, COMPILES_FROM, torch.__version__)
         elif config.compile:
             self._compiled = torch.compile(self._whole)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -56,8 +55,3 @@ def gradient_norm(gradients: Iterable[Tensor | None]) -> float:
     """The norm of several gradients together; 0 where there is none."""
     norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients if g is not None]
     return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
-
-
-def version_numbers(version: str) -> tuple[int, ...]:
-    """``(2, 15, 0)`` for ``"2.15.0+cpu"``: the first three numbers in a version's text."""
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])

@@ -21,10 +21,10 @@ from fgd_hooks.integrations.ultralytics.compat import DistillingLoss, drop_loss
 from fgd_hooks.taps.levels import find_sources
 from fgd_hooks.taps.tap import Tap
 from fgd_hooks.teacher import COMPILES_FROM, FrozenTeacher
-from fgd_hooks.utils.modules import unwrap, version_numbers
+from fgd_hooks.utils.modules import unwrap
 from tests.helpers.tiny import TinyDetector, batch, trained
 
-old = version_numbers(torch.__version__) < COMPILES_FROM
+old = torch.__version__ < COMPILES_FROM
 new_compiler = pytest.mark.skipif(old, reason="compiling was tried with torch 2.15; torch 2.4 cannot")
 
 TAPS = [Tap("head", "input", (number,)) for number in range(3)]
@@ -372,7 +372,7 @@ def test_ultralytics_with_a_compiled_model_distils_like_the_uncompiled_training(
 
 
 def test_an_old_torch_does_not_compile_the_teacher_and_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(torch, "__version__", "2.4.1")
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.4.1"))
     teacher = FrozenTeacher(trained(TinyDetector()), [Tap("neck", "output", (0,))], TeacherConfig(compile=True))
     assert "needs torch 2.6 (found 2.4.1)" in caplog.text
     assert teacher.features(batch()[0])[0].ndim == 4

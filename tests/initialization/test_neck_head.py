@@ -6,7 +6,6 @@ from torch import nn
 
 from fgd_hooks.errors import TapError
 from fgd_hooks.initialization.neck_head import find_parts
-from fgd_hooks.utils.modules import own_tensors
 from tests.helpers.tiny import TinyDetector, TinyHead, TinyNeck, block
 
 
@@ -75,11 +74,3 @@ def test_the_probe_leaves_no_trace():
 def test_no_levels():
     with pytest.raises(TapError, match="No feature levels"):
         find_parts(nn.Sequential(nn.Conv2d(3, 4, 1)), role="teacher")
-
-
-def test_own_tensors_are_those_that_a_checkpoint_holds():
-    module = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False))
-    module.register_buffer("kept", torch.zeros(1))
-    module.register_buffer("cache", torch.zeros(1), persistent=False)
-    assert list(own_tensors(module)) == ["kept"]
-    assert list(own_tensors(module[0])) == ["weight"]

@@ -1,15 +1,12 @@
-import pytest
+import torch
+from torch import nn
 
-from fgd_hooks.utils.modules import version_numbers
-
-
-@pytest.mark.parametrize(
-    ("text", "numbers"),
-    [("2.15.0+cpu", (2, 15, 0)), ("8.4.177", (8, 4, 177)), ("2.6", (2, 6)), ("9.0.0rc1", (9, 0, 0))],
-)
-def test_numbers(text, numbers):
-    assert version_numbers(text) == numbers
+from fgd_hooks.utils.modules import own_tensors
 
 
-def test_they_compare_as_numbers():
-    assert version_numbers("2.15.0") > version_numbers("2.6") > version_numbers("2.4.1")
+def test_own_tensors_are_those_that_a_checkpoint_holds():
+    module = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False))
+    module.register_buffer("kept", torch.zeros(1))
+    module.register_buffer("cache", torch.zeros(1), persistent=False)
+    assert list(own_tensors(module)) == ["kept"]
+    assert list(own_tensors(module[0])) == ["weight"]

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from fgd_hooks.errors import TaskError, VersionError
-from fgd_hooks.utils.modules import version_numbers
 
 logger = logging.getLogger("ultralytics")  # the host's own console and log file
 
@@ -98,7 +98,7 @@ def check_version() -> None:
     """
     import ultralytics
 
-    if version_numbers(ultralytics.__version__) < version_numbers(OLDEST):
+    if TorchVersion(ultralytics.__version__) < OLDEST:
         raise VersionError(
             f"FGDCallback needs ultralytics {OLDEST} or newer; found {ultralytics.__version__}, which loses callbacks "
             "on several GPUs or after an error. Update it: pip install -U ultralytics"

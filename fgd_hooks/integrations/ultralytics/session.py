@@ -36,7 +36,7 @@ from fgd_hooks.masks import PackedBoxes
 from fgd_hooks.taps.hooks import LiveHook, scrub
 from fgd_hooks.utils.checkpoint import LAST_CHECKPOINT, remove_leftovers
 from fgd_hooks.utils.distributed import is_distributed
-from fgd_hooks.utils.modules import unwrap, version_numbers
+from fgd_hooks.utils.modules import unwrap
 
 logger = logging.getLogger("ultralytics")  # the host's own console and log file
 
@@ -111,7 +111,7 @@ class TrainingRun:
                 # our parameters are outside the trainer's DDP; without one of their own the ranks would drift apart.
                 # A part with the weight 0 leaves its context block without gradient
                 unused = self.config.has_zero_weights
-                new = version_numbers(torch.__version__) >= (2, 13)  # the older name warns there, on each rank
+                new = torch.__version__ >= "2.13"  # the older name warns there, on each rank
                 buffers: Any = {"forward_sync_buffers" if new else "broadcast_buffers": False}
                 self.parallel = nn.parallel.DistributedDataParallel(
                     self.distiller, find_unused_parameters=unused, **buffers
