@@ -1,8 +1,8 @@
 """All benchmarks: ``python -m benchmarks [--quick]``.
 
 Runs benchmarks.loss, .step, .teacher and .growth, each in a process of its own, prints their tables and writes
-docs/results/*.json (``--quick``: small settings that show that everything runs; nothing is written). Compiled students
-take minutes more: ``python -m benchmarks --only compiled``.
+results/benchmarks/*.json (``--quick``: small settings that show that everything runs; nothing is written). Compiled
+students take minutes more: ``python -m benchmarks --only compiled``.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ import torch
 
 from fgd_hooks.study.processes import processor
 
-RESULTS = Path(__file__).parent.parent / "docs" / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "results" / "benchmarks"
 
 
 def machine() -> dict[str, Any]:
@@ -82,7 +83,7 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 
 
 def save(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
-    """Write docs/results/<name>.json."""
+    """Write results/benchmarks/<name>.json."""
     file = RESULTS / f"{name}.json"
     content = {"machine": machine(), **more, "rows": rows}
     file.write_text(json.dumps(content, indent=1) + "\n")

@@ -7,7 +7,7 @@
 For each pair, student and teacher are built with random weights (batch normalisations get statistics first), and the
 student learns from the distillation alone on one fixed batch. A pair works if its levels pair, a gradient reaches every
 tapped map of the student and none the teacher, the loss falls, and afterwards both models have the hooks and modes they
-had before. docs/results/compatibility.json holds each pair's figures, docs/compatibility.md the matrix.
+had before. results/benchmarks/compatibility.json holds each pair's figures, docs/compatibility.md the matrix.
 """
 
 from __future__ import annotations
@@ -270,7 +270,7 @@ def page(results: dict[str, Any]) -> str:
         "from the distillation alone. A number stands only where a gradient reached each tapped map of the student and",
         "none the teacher, the loss fell, and afterwards the hooks and modes of both models were those of before. Made",
         f"by `python -m benchmarks.compatibility` ({version}, CPU); figures of each pair are in",
-        "`docs/results/compatibility.json`.",
+        "`results/benchmarks/compatibility.json`.",
         "",
         f"{counts['works']} pairs work, {counts['apart']} have no common level, {counts['sizes']} cannot share an",
         f"image, {counts['fails']} fail.",

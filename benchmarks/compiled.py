@@ -71,7 +71,7 @@ def run(rounds: int, size: int, count: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure, print and write docs/results/compiled.json."""
+    """Measure, print and write results/benchmarks/compiled.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=11)
     options = parser.parse_args()

@@ -1,28 +1,28 @@
-"""The three kinds of detector on BCCD behind docs/results/detectors.md, in three steps.
+"""The three kinds of detector on BCCD behind results/detectors/README.md, in three steps.
 
     python benchmarks/detectors.py run --data BCCD --out RUNS
     python benchmarks/detectors.py collect --out RUNS
     python benchmarks/detectors.py table
 
 ``run`` trains, one after another, the teacher of each kind and its student in every arm, three seeds each, by the
-recipes of configs/; a run that is finished is skipped. ``collect`` copies log and metrics of what is finished to
-docs/results/detectors. ``table`` rebuilds the table in docs/results/detectors.md from there. BCCD is the folder of the
-data set.
+recipes of configs/; a run that is finished is skipped. ``collect`` takes log and metrics of what is finished over to
+results/detectors, ``table`` rebuilds the page's table from there. BCCD is the folder of the data set.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from fgd_hooks.study.records import read_curves, read_log, read_runs, write_records
+
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "docs" / "results" / "detectors"
+RESULTS = ROOT / "results" / "detectors"
 KINDS = {
     "retinanet": "RetinaNet (anchor-based)",
     "fcos": "FCOS (anchor-free)",
@@ -44,7 +44,7 @@ EARLIER = ["fgd.adapter=conv1x1", "fgd.balance.momentum=0.9"]
 """Defaults of the time when these were run; the steps that measure were others then, too."""
 SEEDS = (0, 1, 2)
 SPLITS = ("val", "test")
-PAGE = RESULTS.parent / "detectors.md"
+PAGE = RESULTS / "README.md"
 BEGIN, END = "<!-- table -->\n", "\n<!-- end of table -->"
 TEACHER_EPOCHS = 15
 
@@ -79,31 +79,29 @@ def run(data: Path, out: Path) -> None:
 
 
 def collect(out: Path) -> None:
-    """Copy the log and the metrics of each finished run."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    """Take over the log and the metrics of each finished run."""
+    runs, curves = read_runs(RESULTS), read_curves(RESULTS)
     for kind, arm, seed in planned():
         folder = out / f"{kind}-{arm}-s{seed}"
         if not (folder / "eval-test.json").exists():
             print(f"{folder.name}: not finished")
             continue
-        shutil.copy(folder / "results.csv", RESULTS / f"{folder.name}.csv")
         metrics = {split: json.loads((folder / f"eval-{split}.json").read_text(encoding="utf-8")) for split in SPLITS}
-        (RESULTS / f"{folder.name}.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+        runs[folder.name] = {"name": folder.name, "kind": kind, "arm": arm, "seed": seed, "results": metrics}
+        curves[folder.name] = read_log(folder / "results.csv")
+    write_records(RESULTS, runs, curves)
 
 
 def table() -> str:
-    """The table of docs/results/detectors.md: per cent, mean and the seeds themselves."""
+    """The table of the page: per cent, mean and the seeds themselves."""
     lines = ["| detector | arm | val mAP50-95 | val mAP50 | test mAP50-95 | test mAP50 |", "|---|---|---|---|---|---|"]
+    every = read_runs(RESULTS).values()
     for kind, title in KINDS.items():
         for arm, label in ARMS.items():
-            files = sorted(RESULTS.glob(f"{kind}-{arm}-s*.json"))
-            if not files:
-                continue
-            runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-            cells = [
-                _cell([100 * one[split][key] for one in runs]) for split in SPLITS for key in ("map50_95", "map50")
-            ]
-            lines.append(f"| {title} | {label} | {' | '.join(cells)} |")
+            runs = [run["results"] for run in every if (run["kind"], run["arm"]) == (kind, arm)]
+            if runs:
+                values = [[100 * one[split][key] for one in runs] for split in SPLITS for key in ("map50_95", "map50")]
+                lines.append(f"| {title} | {label} | {' | '.join(map(_cell, values))} |")
     return "\n".join(lines)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.common import RESULTS, interleave, peak_bytes, save, show, summary
+from benchmarks.common import ROOT, interleave, peak_bytes, save, show, summary
 from fgd_hooks.losses.fgd import FGDLoss
 from fgd_hooks.masks import PackedBoxes, box_masks
 
@@ -31,7 +31,7 @@ VALUES = {
     "levels": [1, 2, 3, 4],
     "channels": [32, 64, 128, 256],
 }
-PICTURE = RESULTS.parent / "pictures" / "growth.png"
+PICTURE = ROOT / "docs" / "pictures" / "growth.png"
 
 
 def boxes_of(images: int, count: int, side: float) -> PackedBoxes:
@@ -112,7 +112,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def main() -> None:
-    """Measure, print, draw and write docs/results/growth.json."""
+    """Measure, print, draw and write results/benchmarks/growth.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="ends of each range, nothing written")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.start yolo26n.yaml teacher.pt data.yaml --images 16 64 200 --imgsz 192
 
-The fit is to so many training images, as they are. Writes docs/results/start.json, or another of the name given.
+The fit is to so many training images, as they are. Writes results/benchmarks/start.json, or another of the name given.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--imgsz", type=int, default=192)
     parser.add_argument("--scale", type=float, nargs=3, help="depth, width, most channels of the student")
-    parser.add_argument("--name", default="start", help="of the file in docs/results")
+    parser.add_argument("--name", default="start", help="of the file in results/benchmarks")
     options = parser.parse_args()
     torch.set_num_threads(1)
     teacher: Any = load_teacher(options.teacher)

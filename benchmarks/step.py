@@ -225,7 +225,7 @@ def run(rounds: int, pairs: list[tuple[str, str, int, int]], torchvision: bool =
 
 
 def main() -> None:
-    """Measure, print and write docs/results/step.json."""
+    """Measure, print and write results/benchmarks/step.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--quick", action="store_true", help="one small pair, few rounds, nothing written")

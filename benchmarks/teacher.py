@@ -98,7 +98,7 @@ def run(rounds: int, size: int, count: int, compiled: bool) -> list[dict[str, An
 
 
 def main() -> None:
-    """Measure, print and write docs/results/teacher.json."""
+    """Measure, print and write results/benchmarks/teacher.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--no-compile", action="store_true", help="leave out what needs a C++ compiler and minutes")

@@ -13,7 +13,7 @@ from fgd_hooks.study.plan import TEST, Plan, Planner
 from fgd_hooks.study.settings import check_training
 from fgd_hooks.study.spec import load_study
 
-RESULTS = Path("docs") / "results"
+RESULTS = Path("results")
 
 
 EPILOG = """\
@@ -22,8 +22,7 @@ examples:
   fgd study configs/studies/default.yaml --data-root DATA --jobs 2 --max-minutes 90
   fgd study configs/studies/default.yaml --data-root DATA --test
   fgd study configs/studies/default.yaml --data-root DATA --collect
-  fgd study docs/results/default --table
-  fgd study docs/results/bccd docs/results/raccoon --overview docs/results/overview.md
+  fgd study results/default --table
 """
 
 
@@ -33,8 +32,7 @@ def add_arguments(study: argparse.ArgumentParser) -> None:
     study.add_argument(
         "study",
         type=Path,
-        nargs="+",
-        help="study file; with --table also a folder of collected results, with --overview several of these",
+        help="study file; with --table also a folder of collected results",
     )
     study.add_argument("--out", type=Path, default=Path("runs/studies"), help="folder of the runs; studies share it")
     root = os.environ.get("FGD_DATA")
@@ -59,7 +57,7 @@ def add_arguments(study: argparse.ArgumentParser) -> None:
         nargs="?",
         const=RESULTS,
         metavar="DIR",
-        help=f"copy the finished runs' csv and json to DIR/STUDY ({RESULTS})",
+        help=f"keep the finished runs' figures and logs in DIR/STUDY ({RESULTS})",
     )
     study.add_argument(
         "--table",
@@ -68,9 +66,6 @@ def add_arguments(study: argparse.ArgumentParser) -> None:
         const=RESULTS,
         metavar="DIR",
         help=f"make tables and plots from DIR/STUDY ({RESULTS}) alone",
-    )
-    study.add_argument(
-        "--overview", type=Path, metavar="FILE", help="one table of what the default gains in all these folders"
     )
 
 
@@ -83,14 +78,7 @@ def quickstart_command(arguments: argparse.Namespace) -> None:
 
 def study_command(arguments: argparse.Namespace) -> int:
     """Do what the command line says; returns 1 where a run failed."""
-    if arguments.overview is not None:
-        from fgd_hooks.study.overview import write_overview
-
-        print(write_overview(arguments.study, arguments.overview))
-        return 0
-    if len(arguments.study) > 1:
-        raise StudyError(f"{len(arguments.study)} studies are given; more than one goes with --overview alone.")
-    (file,) = arguments.study
+    file = arguments.study
     if arguments.table is not None and file.is_dir():
         return _table(file)
     spec = load_study(file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
+from typing import IO
 
 from fgd_hooks.evaluation.arms import Comparison
 from fgd_hooks.evaluation.reporting import COLOURS
@@ -11,7 +12,12 @@ from fgd_hooks.evaluation.reporting import COLOURS
 _BASE, _POINT = "#555555", COLOURS[0]
 
 
-def draw_group(group: Comparison, split: str, file: Path) -> None:
+def picture(group: Comparison, split: str) -> str:
+    """File name of a comparison's picture on one split."""
+    return f"{group.data}-{group.student}-{split}.png"
+
+
+def draw_group(group: Comparison, split: str, file: Path | IO[bytes]) -> None:
     """Draw a group's arms on one split as a PNG: left a point per seed and the mean, right the paired differences."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -45,4 +51,4 @@ def draw_group(group: Comparison, split: str, file: Path) -> None:
         axes.grid(axis="x", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{group.data}, {group.student}, {split} (epochs in brackets)", fontsize=10)
-    figure.savefig(file)
+    figure.savefig(file, format="png")

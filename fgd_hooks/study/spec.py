@@ -173,7 +173,7 @@ class StudySpec:
     """A study: arms x seeds x data sets.
 
     Attributes:
-        name: of the study and of its folder in docs/results.
+        name: of the study and of its folder in results/.
         about: what it asks, for the head of its tables.
         epochs: of every student, unless a data set or an arm says otherwise.
         seeds: of the students.

@@ -10,38 +10,35 @@ from typing import Any
 from fgd_hooks.errors import StudyError
 from fgd_hooks.evaluation.arms import Comparison, Interval, Record, compare_arms
 from fgd_hooks.evaluation.reporting import Table, spread
-from fgd_hooks.study.processes import read_json
-from fgd_hooks.study.records import STUDY
+from fgd_hooks.study.records import RUNS, read_runs, read_study
 
 MAX_CLASSES = 12
 SUBJECT = "fgd"
 """The arm that is also compared with every other one, unless ``study.json`` names another as ``subject``."""
 
 
-def read_records(folder: Path) -> tuple[dict[str, Any], list[Record]]:
-    """``study.json`` (empty where there is none) and all records of a folder.
+def read_comparisons(folder: Path) -> tuple[dict[str, Any], list[Comparison]]:
+    """What a folder of collected results asks (``study.json``), and the comparisons of its runs.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        StudyError: it holds no record, or a file that is none.
+        StudyError: it holds no run, or one that is none; runs of an arm that do not go together.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"The folder of collected results {str(folder)!r} does not exist; collect them first.")
-    study = read_json(folder / STUDY) if (folder / STUDY).is_file() else {}
+    study = read_study(folder)
     records = []
-    for file in sorted(folder.glob("*.json")):
-        if file.name == STUDY:
-            continue
+    for name, run in read_runs(folder).items():
         try:
-            records.append(Record.from_dict(read_json(file), folder.name))
-        except (KeyError, ValueError, TypeError) as error:
-            raise StudyError(f"{file} is no collected run: {error!r}.") from error
+            records.append(Record.from_dict(run, folder.name))
+        except KeyError as error:
+            raise StudyError(f"{folder / RUNS}: {name} is no collected run: there is no {error}.") from error
     if not records:
         raise StudyError(f"{folder} holds no collected run.")
-    return study, records
+    return study, compare_arms(records, study.get("arms", ()), study.get("baseline", "alone"))
 
 
-def markdown(study: dict[str, Any], groups: Sequence[Comparison], name: str) -> str:
+def markdown(study: Mapping[str, Any], groups: Sequence[Comparison], name: str) -> str:
     """All tables of a study."""
     baseline = study.get("baseline", "alone")
     lines = [f"# {study.get('name', name)}", ""]
@@ -54,26 +51,24 @@ def markdown(study: dict[str, Any], groups: Sequence[Comparison], name: str) -> 
     ]
     for group in groups:
         for split in group.splits:
-            lines += [f"## {group.data}, {group.student}: {split}", "", *_main_table(group, split), ""]
+            lines += [heading(group, split), "", *_main_table(group, split), ""]
             lines += _compute_note(group, split, study.get("compute", {}))
             lines += _subject_table(group, split, study.get("subject", SUBJECT))
             lines += _class_table(group, split)
-            lines += [f"![{group.data}, {group.student}, {split}]({picture(group, split)})", ""]
         lines += _batch_note(group)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def picture(group: Comparison, split: str) -> str:
-    """File name of a group's plot."""
-    return f"{group.data}-{group.student}-{split}.png"
+def heading(group: Comparison, split: str) -> str:
+    """The line above a comparison's tables."""
+    return f"## {group.data}, {group.student}: {split}"
 
 
 def write_tables(folder: Path) -> str:
-    """Write ``tables.md`` and the plots into a folder of collected results; returns the Markdown."""
-    from fgd_hooks.study.plots import draw_group
+    """Write ``tables.md`` and a picture for each of its sections into a folder of results; returns the Markdown."""
+    from fgd_hooks.study.plots import draw_group, picture
 
-    study, records = read_records(folder)
-    groups = compare_arms(records, study.get("arms", ()), study.get("baseline", "alone"))
+    study, groups = read_comparisons(folder)
     text = markdown(study, groups, folder.name)
     (folder / "tables.md").write_text(text, encoding="utf-8")
     for group in groups:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import csv
+import gzip
 import json
 import os
 import re
@@ -18,6 +18,7 @@ from fgd_hooks.cli.main import main
 from fgd_hooks.cli.study import _slots
 from fgd_hooks.study import runner
 from fgd_hooks.study.plan import TEST
+from fgd_hooks.study.records import read_curves, read_runs
 from tests.helpers.studies import fake_command, make_data, make_study, planner
 
 
@@ -111,11 +112,14 @@ def test_collected_records_have_no_paths_and_make_the_table(study, capsys):
     fgd(study, "--jobs", "1")
     assert fgd(study, "--collect", "kept") == 0
     folder = study.parent / "kept" / "small"
-    names = {path.name for path in folder.iterdir()}
-    assert names == {f"a-{run}.{kind}" for run in ("alone-s0", "alone-s1", "fgd-s0", "fgd-s1", "teacher-s0")
-                     for kind in ("csv", "json")} | {"study.json"}  # fmt: skip
-    assert all(str(study.parent) not in path.read_text() for path in folder.iterdir())
-    kept = json.loads((folder / "a-fgd-s1.json").read_text())
+    assert {path.name for path in folder.iterdir()} == {"study.json", "runs.jsonl", "curves.csv.gz"}
+    names = {f"a-{run}" for run in ("alone-s0", "alone-s1", "fgd-s0", "fgd-s1", "teacher-s0")}
+    assert (records(folder), set(read_curves(folder))) == (names, names)
+    assert read_curves(folder)["a-fgd-s1"] == [{"epoch": "1", "time": "2"}]
+    packed = gzip.decompress((folder / "curves.csv.gz").read_bytes()).decode()
+    for text in ((folder / "study.json").read_text(), (folder / "runs.jsonl").read_text(), packed):
+        assert str(study.parent) not in text
+    kept = read_runs(folder)["a-fgd-s1"]
     assert (kept["arm"], kept["seed"], kept["epochs"], kept["settings"]["imgsz"]) == ("fgd", 1, 5, 192)
     assert "test" not in kept["results"]
     capsys.readouterr()
@@ -132,11 +136,11 @@ def test_a_changed_study_replaces_its_records(study):
     file = make_study(study.parent, epochs=6)
     fgd(file, "--jobs", "1")
     fgd(file, "--collect", "kept")
-    assert json.loads((study.parent / "kept" / "small" / "a-fgd-s0.json").read_text())["epochs"] == 6
+    assert read_runs(study.parent / "kept" / "small")["a-fgd-s0"]["epochs"] == 6
 
 
 def records(folder: Path) -> set[str]:
-    return {path.stem for path in folder.glob("*.json")} - {"study"}
+    return set(read_runs(folder))
 
 
 def test_collecting_in_parts_keeps_what_belongs_to_the_study(study):
@@ -178,7 +182,7 @@ def test_records_of_an_earlier_study_are_removed(study, capsys):
     fgd(changed, "--collect", "kept")
     # seed 1 of alone has the old size of images, and there is no arm fgd any more
     assert records(folder) == {"a-alone-s0", "a-renamed-s0", "a-teacher-s0"}
-    assert {path.stem for path in folder.glob("*.csv")} == records(folder)
+    assert set(read_curves(folder)) == records(folder)
     said = capsys.readouterr().out
     assert all(f"removed {name}:" in said for name in ("a-alone-s1", "a-fgd-s0", "a-fgd-s1"))
 
@@ -187,13 +191,13 @@ def test_a_shared_run_is_kept_under_this_study_s_names(study):
     fgd(study, "--jobs", "1")
     fgd(make_study(study.parent, student={"model": "yolo26n.yaml", "name": "mine"}), "--collect", "kept")
     folder = study.parent / "kept" / "small"
-    assert json.loads((folder / "a-alone-s0.json").read_text())["student"] == "mine"
+    assert read_runs(folder)["a-alone-s0"]["student"] == "mine"
 
 
 def test_flags_together_are_done_in_their_order(study, capsys):
     fgd(study, "--jobs", "1")
     assert fgd(study, "--test", "--collect", "kept", "--table") == 0
-    kept = json.loads((study.parent / "kept" / "small" / "a-fgd-s0.json").read_text())
+    kept = read_runs(study.parent / "kept" / "small")["a-fgd-s0"]
     assert set(kept["results"]) == {"val", "test"} and kept["test_measured"]
     assert "## a, yolo26n: test" in (study.parent / "kept" / "small" / "tables.md").read_text()
 
@@ -278,7 +282,7 @@ def test_real_trainings(tmp_path, capsys, monkeypatch):
     assert main(["study", str(file), "--out", "runs", "--test"]) == 0
     assert main(["study", str(file), "--out", "runs", "--collect", "kept", "--table"]) == 0
     folder = tmp_path / "kept" / "real"
-    records = {path.stem: json.loads(path.read_text()) for path in folder.glob("*-s?.json")}
+    records = read_runs(folder)
     assert set(records) == {"a-alone-s0", "a-alone-s1", "a-fgd-s0", "a-fgd-s1", "a-teacher-s0", "b-pretrain-s0"}
     for seed in (0, 1):
         alone, mine = records[f"a-alone-s{seed}"], records[f"a-fgd-s{seed}"]
@@ -287,8 +291,7 @@ def test_real_trainings(tmp_path, capsys, monkeypatch):
         assert mine["results"]["test"]["images"] == 4
         assert mine["cpu_s"] > 0
     assert records["a-alone-s0"]["batches"] != records["a-alone-s1"]["batches"]
-    with (folder / "a-fgd-s0.csv").open() as stream:
-        (row,) = csv.DictReader(stream)
+    (row,) = read_curves(folder)["a-fgd-s0"]
     assert float(row["train/fgd_fg"]) > 0
     log = next((tmp_path / "runs").glob("a-alone-s0-*")) / "train.log"
     assert re.search(r"Transferred [1-9]\d*/", log.read_text())  # from the pretrained student

@@ -110,7 +110,9 @@ def test_the_pages_hold_examples():
 
 
 @pytest.mark.parametrize(
-    "page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda page: str(page.relative_to(ROOT))
+    "page",
+    [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "results").rglob("*.md"))],
+    ids=lambda page: str(page.relative_to(ROOT)),
 )
 def test_what_a_page_links_to_exists(page):
     text = BLOCK.sub("", page.read_text(encoding="utf-8"))

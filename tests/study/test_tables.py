@@ -12,25 +12,25 @@ import pytest
 from PIL import Image
 
 from fgd_hooks.errors import StudyError
-from fgd_hooks.evaluation.arms import compare_arms
-from fgd_hooks.study.overview import write_overview
-from fgd_hooks.study.tables import markdown, read_records, write_tables
+from fgd_hooks.study.records import RUNS, STUDY, read_runs, write_records
+from fgd_hooks.study.tables import markdown, read_comparisons, write_tables
 
-RESULTS = Path(__file__).parents[2] / "docs" / "results"
-BCCD = RESULTS / "bccd"
+RESULTS = Path(__file__).parents[2] / "results"
 
 
 def write(folder: Path, arm: str, seed: int, value: float, *, cpu: float = 10.0, test: float | None = None, **more):
-    folder.mkdir(exist_ok=True, parents=True)
     results = {"val": {"map50_95": value, "per_class": [{"name": "a", "map50_95": value}]}}
     if test is not None:
         results["test"] = {"map50_95": test, "per_class": [{"name": "a", "map50_95": test}]}
-    content = {"data": "d", "student": "n", "arm": arm, "epochs": 5, "seed": seed, "cpu_s": cpu, "results": results}
-    (folder / f"{arm}-{seed}.json").write_text(json.dumps({**content, **more}))
+    name = f"d-{arm}-s{seed}"
+    run = {"name": name, "data": "d", "student": "n", "arm": arm, "epochs": 5, "seed": seed, "cpu_s": cpu}
+    write_records(folder, {**read_runs(folder), name: {**run, "results": results, **more}}, {})
 
 
-def only_group(folder: Path, **options):
-    (group,) = compare_arms(read_records(folder)[1], **options)
+def only_group(folder: Path, **study):
+    if study:
+        (folder / STUDY).write_text(json.dumps(study))
+    _, (group,) = read_comparisons(folder)
     return group, {arm.name: arm for arm in group.arms}
 
 
@@ -63,13 +63,13 @@ def test_the_library_s_default_is_compared_with_every_other_arm(tmp_path):
         write(tmp_path, "fgd", seed, fgd)
         write(tmp_path, "builtin", seed, builtin)
     write(tmp_path, "half", 1, 0.40)
-    group, _ = only_group(tmp_path, order=["alone", "builtin", "half", "fgd"])
+    group, _ = only_group(tmp_path, arms=["alone", "builtin", "half", "fgd"])
     lines = markdown({}, [group], "x").splitlines()
     start = lines.index("| `fgd` less | seeds | difference | 95 % interval |")
     half = 4.302653 * 2 / math.sqrt(3)  # 4, 6 and 2 points: mean 4, standard deviation 2
     assert lines[start + 2] == f"| builtin | 3 | +4.0 | {4 - half:+.1f} .. {4 + half:+.1f} |"
     assert lines[start + 3] == "| half | 1 | +6.0 | one seed |"
-    assert not lines[start + 4]
+    assert not lines[start + 4 :]
     other = markdown({"subject": "half"}, [group], "x")
     assert "| builtin | 1 | +0.0 | one seed |" in other
     assert "| `fgd` less" not in other
@@ -95,7 +95,7 @@ def test_without_a_baseline_or_a_teacher_there_is_no_difference(tmp_path):
 def test_order_of_the_arms_and_another_baseline(tmp_path):
     for arm in ("a", "b", "c"):
         write(tmp_path, arm, 0, 0.3)
-    group, arms = only_group(tmp_path, order=["c", "a"], baseline="c")
+    group, arms = only_group(tmp_path, arms=["c", "a"], baseline="c")
     assert list(arms) == ["c", "a", "b"]
     assert group.baseline is arms["c"]
 
@@ -117,24 +117,29 @@ def test_batches_are_compared(tmp_path, other, said):
 
 def test_doubtful_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        read_records(tmp_path / "nowhere")
+        read_comparisons(tmp_path / "nowhere")
     with pytest.raises(StudyError, match="no collected run"):
-        read_records(tmp_path)
-    (tmp_path / "bad.json").write_text('{"arm": "x"}')
-    with pytest.raises(StudyError, match=r"bad\.json"):
-        read_records(tmp_path)
-    (tmp_path / "bad.json").unlink()
+        read_comparisons(tmp_path)
     write(tmp_path, "fgd", 0, 0.3)
-    shutil.copy(tmp_path / "fgd-0.json", tmp_path / "again.json")
-    with pytest.raises(StudyError, match="equal seeds"):
-        compare_arms(read_records(tmp_path)[1])
+    good = (tmp_path / RUNS).read_text()
+    for bad, said in (
+        ('{"name": "x"}', "x is no collected run: there is no 'student'"),
+        ('{"arm": "x"}', ":2 is no collected run: KeyError"),
+        ("{", ":2 is no collected run: JSONDecodeError"),
+        ("[]", ":2 is no collected run: TypeError"),
+        (good, ":2: d-fgd-s0 is there twice"),
+        (good.replace("d-fgd-s0", "again"), "equal seeds"),
+    ):
+        (tmp_path / RUNS).write_text(good + bad)
+        with pytest.raises(StudyError, match=said):
+            read_comparisons(tmp_path)
 
 
 def test_runs_of_one_arm_with_other_settings_are_refused(tmp_path):
     write(tmp_path, "fgd", 0, 0.3, settings={"lr0": 0.1})
     write(tmp_path, "fgd", 1, 0.3, settings={"lr0": 0.2})
     with pytest.raises(StudyError, match="different epochs or settings"):
-        compare_arms(read_records(tmp_path)[1])
+        read_comparisons(tmp_path)
 
 
 def test_a_difference_says_on_how_many_seeds_it_rests(tmp_path):
@@ -178,63 +183,13 @@ def test_batches_of_different_seeds_are_not_called_the_same(tmp_path):
     assert "All arms of equal epochs were fed the same batches" in markdown({}, [group], "x")
 
 
-def test_an_overview_of_nothing_is_an_error(tmp_path):
-    write(tmp_path / "one", "alone", 0, 0.4)
-    with pytest.raises(StudyError, match="has a run of the arm 'fgd'"):
-        write_overview([tmp_path / "one"], tmp_path / "overview.md")
-    assert not (tmp_path / "overview.md").exists()
-
-
-def test_bccd_is_rebuilt_from_the_repository(tmp_path):
+def test_a_study_of_the_repository_is_rebuilt(tmp_path):
     folder = tmp_path / "bccd"
-    shutil.copytree(BCCD, folder)
+    folder.mkdir()
+    for name in (STUDY, RUNS):
+        shutil.copy(RESULTS / "bccd" / name, folder)
     text = write_tables(folder)
-    assert (BCCD / "tables.md").read_text(encoding="utf-8") == text, "the repository's tables are those of its runs"
-    sections = {part.splitlines()[0].removeprefix("bccd, "): part for part in text.split("\n## ")[1:]}
-    page = (BCCD.parent / "bccd.md").read_text(encoding="utf-8")
-    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| yolo26")]
-    assert len(rows) >= 12
-    for student, arm, epochs, val, test, classes, seeds in rows:
-        for split, stated in (("val", val), ("test", test)):
-            mean = stated.split(" (")[0]
-            assert f"| {arm} | {epochs} | {seeds} | {mean} |" in sections[f"{student}: {split}"], (student, arm, split)
-        assert f"| {arm} | {classes.replace(' / ', ' | ')} |" in sections[f"{student}: test"]
     assert (folder / "tables.md").read_text(encoding="utf-8") == text
+    assert (RESULTS / "bccd" / "tables.md").read_text(encoding="utf-8") == text
     picture = np.asarray(Image.open(folder / "bccd-yolo26-half-val.png").convert("RGB"))
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
-
-
-def test_the_overview_by_hand(tmp_path):
-    for seed, (alone, longer, fgd) in enumerate([(0.40, 0.41, 0.45), (0.42, 0.40, 0.46), (0.44, 0.42, 0.47)]):
-        write(tmp_path / "one", "alone", seed, alone)
-        write(tmp_path / "one", "alone_same_compute", seed, longer)
-        write(tmp_path / "one", "fgd", seed, fgd, cpu=15)
-    write(tmp_path / "one", "teacher", 0, 0.48)
-    write(tmp_path / "two", "alone", 0, 0.10, test=0.11)
-    earlier = {"inherit": "channels", "balance": {"image_limit": None}}
-    write(tmp_path / "two", "fgd", 0, 0.20, test=0.22, settings={}, fgd=earlier)
-    write(tmp_path / "without", "alone", 0, 0.10)
-    text = write_overview([tmp_path / name for name in ("one", "two", "without")], tmp_path / "overview.md")
-    assert (tmp_path / "overview.md").read_text() == text
-    assert "| d | n | val | 3 | 42.0 ± 2.0 | 46.0 ± 1.0 | 48.0 | 67 % | 1.50 | defaults |" in text
-    # the differences are 5, 4, 3 and 4, 6, 5 points: standard deviation 1, so 4.302653 / sqrt(3) on either side
-    assert "| d | n | val | +4.0 (+1.5 .. +6.5) | +5.0 (+2.5 .. +7.5) | - | - | - | - |" in text
-    assert "| d | n | test | 1 | 11.0 | 22.0 | - | - | 1.00 | `balance.image_limit=null`, `inherit=channels` |" in text
-    assert "| d | n | alone_same_compute | 5 | 5 | 1.50 |" in text  # fgd took 15 seconds, the arm 10
-    assert text.count("| d | n |") == 7
-
-
-def test_the_tables_of_the_repository_follow_from_its_records():
-    folders = sorted(file.parent for file in RESULTS.glob("*/study.json"))
-    assert folders
-    for folder in folders:
-        study, records = read_records(folder)
-        groups = compare_arms(records, study.get("arms", ()), study.get("baseline", "alone"))
-        assert (folder / "tables.md").read_text(encoding="utf-8") == markdown(study, groups, folder.name), folder
-
-
-def test_the_overview_of_the_repository_follows_from_its_records(tmp_path):
-    folders = [
-        RESULTS / name for name in ("bccd", "few_labels", "long", "long_teacher", "pretrained", "raccoon", "scenes")
-    ]
-    assert write_overview(folders, tmp_path / "overview.md") == (RESULTS / "overview.md").read_text(encoding="utf-8")
