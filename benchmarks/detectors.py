@@ -74,7 +74,11 @@ def run(data: Path, out: Path) -> None:
             "fgd_scratch": [*taught, *EARLIER, *SCRATCH],
         }[arm]
         own += ["resume=true"] if (folder / "last.pt").exists() else []
-        program = [sys.executable, str(ROOT / "trainers" / "timm_detector.py"), f"{ROOT}/configs/bccd-{kind}.yaml"]
+        program = [
+            sys.executable,
+            str(ROOT / "trainers" / "timm_detector.py"),
+            f"{ROOT}/configs/detectors/bccd-{kind}.yaml",
+        ]
         subprocess.run([*program, f"data.root={data}", f"out={folder}", f"seed={seed}", *own], check=True)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from fgd_hooks.errors import ConfigError
+from fgd_hooks.utils.recipes import recipe_path
 from fgd_hooks.utils.structured_config import Schema, load
 
 __all__ = [
@@ -308,15 +309,16 @@ def load_config(
     """Build a checked configuration.
 
     Args:
-        config: a configuration, a (nested) dict, a YAML file, or None for the defaults.
+        config: a configuration, a (nested) dict, a YAML file, the name of a recipe (``yolo``, ``paper/fcos``); None:
+            the defaults.
         overrides: ``["balance.ratio=1", ...]`` or ``{"balance.ratio": 1, ...}``; they win.
 
     Raises:
-        FileNotFoundError: the YAML file does not exist.
+        FileNotFoundError: neither a file nor a recipe has that name.
         ConfigError: an unknown key, a wrong type or an impossible value; the message names the key, the place it came
             from and the nearest known key.
     """
-    return load(FGDConfig, config, overrides)
+    return load(FGDConfig, recipe_path(config) if isinstance(config, (str, Path)) else config, overrides)
 
 
 def config_to_dict(config: FGDConfig) -> dict[str, Any]:

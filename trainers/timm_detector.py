@@ -1,6 +1,6 @@
 """Train a detector made of a timm backbone, torchvision's FPN and a torchvision head, alone or with a teacher (FGD).
 
-    python trainers/timm_detector.py configs/bccd-retinanet.yaml data.root=bccd
+    python trainers/timm_detector.py configs/detectors/bccd-retinanet.yaml data.root=bccd
 
 Loop, files and settings are those of ``torchvision_detector.py``; here ``model`` and ``teacher`` are described by
 :class:`TimmModel`. Each takes its images in the normalisation that its backbone was trained with.

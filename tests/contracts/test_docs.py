@@ -21,13 +21,14 @@ import yaml
 
 pytest.importorskip("ultralytics")
 
+from fgd_hooks.adapters import ADAPTERS
 from fgd_hooks.cli.main import main
 from fgd_hooks.losses.base import LOSSES
 from tests.conftest import SETTINGS
 from tests.helpers.tiny import TinyDetector, batch, trained
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(
     r"(?P<skip><!-- not run: .+ -->\n)?^(?P<indent> *)```(?P<kind>\w+)\n(?P<text>.*?)^ *```$", re.M | re.S
 )
@@ -86,7 +87,8 @@ def namespace():
 
 @pytest.mark.parametrize("page", [page for page in PAGES if list(blocks(page))], ids=lambda page: page.stem)
 def test_the_examples_of_a_page_run(page, place, namespace, capfd, caplog, monkeypatch):
-    monkeypatch.setattr(LOSSES, "_factories", dict(LOSSES._factories))  # a page may register one of its own
+    for registry in (LOSSES, ADAPTERS):  # a page may register one of its own
+        monkeypatch.setattr(registry, "_factories", dict(registry._factories))
     short = namespace["short"] = {**SHORT, "project": str(place / "runs" / "detect")}
     for kind, text in blocks(page):
         if kind == "python":
@@ -111,7 +113,7 @@ def test_the_pages_hold_examples():
 
 @pytest.mark.parametrize(
     "page",
-    [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "results").rglob("*.md"))],
+    [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "results").rglob("*.md"))],
     ids=lambda page: str(page.relative_to(ROOT)),
 )
 def test_what_a_page_links_to_exists(page):

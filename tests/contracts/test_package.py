@@ -1,3 +1,4 @@
+import os
 import re
 import subprocess
 import sys
@@ -5,9 +6,11 @@ from pathlib import Path
 
 from fgd_hooks import load_config
 from fgd_hooks.config import FGDConfig
+from fgd_hooks.errors import EXTRAS
 from fgd_hooks.utils.structured_config import known_keys
 
 ROOT = Path(__file__).parents[2]
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 CORE_ALONE = """
 import sys
@@ -33,7 +36,7 @@ def test_the_core_needs_torch_and_omegaconf_alone():
 
 
 def test_configs_yolo_spells_out_the_defaults():
-    assert load_config(ROOT / "configs" / "yolo.yaml") == load_config()
+    assert load_config("yolo") == load_config()
 
 
 def test_the_readmes_table_of_settings_names_existing_keys_and_their_defaults():
@@ -59,11 +62,25 @@ def test_the_readmes_table_of_settings_names_existing_keys_and_their_defaults():
     assert compared >= 10
 
 
-def test_version_is_stated_once_more_in_setup_cfg():
-    import configparser
+def test_a_wheel_holds_the_recipes_and_the_marker_of_types(tmp_path):
+    command = ["setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path), "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
+    package = tmp_path / "fgd_hooks"
+    files = {file.relative_to(ROOT / "configs") for file in (ROOT / "configs").rglob("*.yaml")}
+    assert {file.relative_to(package / "recipes") for file in (package / "recipes").rglob("*.yaml")} == files
+    assert (package / "py.typed").is_file()
+    program = "from fgd_hooks.utils.recipes import recipe_path; print(recipe_path('paper/fcos'))"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    found = subprocess.run([sys.executable, "-c", program], cwd="/", env=environment, capture_output=True, text=True)
+    assert found.stdout.strip() == str(package / "recipes" / "paper" / "fcos.yaml")
 
-    import fgd_hooks
 
-    parser = configparser.ConfigParser()
-    parser.read(ROOT / "setup.cfg")
-    assert parser["metadata"]["version"] == fgd_hooks.__version__
+def test_every_optional_package_is_of_an_extra_that_exists():
+    extras = re.findall(r"^(\w+) = \[", PYPROJECT.partition("[project.optional-dependencies]")[2], re.M)
+    assert set(EXTRAS.values()) <= set(extras)
+    assert {"ultralytics", "torchvision", "timm", "eval", "tensorboard", "study", "test", "docs", "dev"} <= set(extras)
+
+
+def test_the_core_depends_on_torch_and_omegaconf_alone():
+    core = PYPROJECT[PYPROJECT.index("\ndependencies = [") :].partition("]")[0]
+    assert re.findall(r'^    "([\w-]+)', core, re.M) == ["torch", "omegaconf"]

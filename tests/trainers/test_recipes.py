@@ -22,8 +22,8 @@ def test_a_recipe_of_bccd_trains_each_role(name):
     from detector_settings import load_settings
     from timm_detector import TimmSettings, build_model
 
-    file = ROOT / "configs" / f"{name}.yaml"
-    assert re.search(rf"^#   python trainers/timm_detector\.py configs/{name}\.yaml", file.read_text(), re.M)
+    file = ROOT / "configs" / "detectors" / f"{name}.yaml"
+    assert re.search(rf"^#   python trainers/timm_detector\.py configs/detectors/{name}\.yaml", file.read_text(), re.M)
     settings = load_settings(TimmSettings, file, ["teacher.checkpoint=teacher.pt"])
     for role in ("alone", "teacher"):
         assert load_settings(TimmSettings, file, [f"train={role}"]).teacher is None
@@ -43,8 +43,8 @@ def test_the_recipe_of_coco():
     from torchvision.models import get_model_builder
     from torchvision.models.detection import RetinaNet_ResNet50_FPN_V2_Weights
 
-    assert set(TRAINERS) == {*PRESETS, "coco-retinanet-r50"}
-    settings = load_settings(Settings, ROOT / "configs" / "coco-retinanet-r50.yaml")
+    assert set(TRAINERS) == {f"detectors/{name}" for name in (*PRESETS, "coco-retinanet-r50")}
+    settings = load_settings(Settings, ROOT / "configs" / "detectors" / "coco-retinanet-r50.yaml")
     assert load_config(settings.fgd).loss.preset == "anchor_based"
     for each in (settings.model, settings.teacher):
         assert get_model_builder(each.name)
@@ -61,7 +61,7 @@ def test_the_program_runs_a_recipe_with_trained_backbones(coco, tmp_path):
     from timm_detector import TimmSettings, build_model
     from torchvision_detector import main
 
-    file = str(ROOT / "configs" / "bccd-retinanet.yaml")
+    file = str(ROOT / "configs" / "detectors" / "bccd-retinanet.yaml")
     common = [f"data.root={coco}", "image.min_size=[64]", "image.max_size=96", "epochs=1", "batch=2", "device=cpu"]
     main([file, *common, "train=teacher", f"out={tmp_path / 'teacher'}"], build_model, TimmSettings)
     checkpoint = tmp_path / "teacher" / "model.pt"

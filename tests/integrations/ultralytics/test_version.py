@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 from torch import nn
 
@@ -23,10 +25,5 @@ def test_a_new_version_is_accepted(monkeypatch, version):
     check_version()
 
 
-def test_setup_asks_for_the_same_version():
-    from configparser import ConfigParser
-    from pathlib import Path
-
-    setup = ConfigParser()
-    setup.read(Path(__file__).parents[3] / "setup.cfg")
-    assert f"ultralytics>={OLDEST}" in setup["options"]["install_requires"].split("\n")
+def test_the_extra_asks_for_the_same_version():
+    assert f'"ultralytics>={OLDEST}"' in (Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8")
