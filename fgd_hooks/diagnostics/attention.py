@@ -6,8 +6,7 @@ training mode and hook is afterwards as it was before. :mod:`fgd_hooks.diagnosti
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ from fgd_hooks.losses.attention import channel_attention, spatial_attention
 from fgd_hooks.masks import Canvas, PackedBoxes, box_masks
 from fgd_hooks.taps.hooks import FeatureTaps, run_until_tapped
 from fgd_hooks.utils.modules import unwrap
+from fgd_hooks.utils.preserve import preserve
 
 if TYPE_CHECKING:
     from fgd_hooks.distiller import Distiller
@@ -117,7 +117,7 @@ def attention_sheets(
             f"There are {len(images)} images, {len(names)} names and boxes for {boxes.num_images} images; expected as "
             "many of each."
         )
-    with _untouched(student, distiller.adapters), torch.no_grad():
+    with preserve(student, distiller.adapters, probe=True):
         taps = FeatureTaps(unwrap(student), [pair.student.tap for pair in distiller.pairs], role="student", stop=True)
         with taps:
             features = run_until_tapped(student, taps, batch)
@@ -176,18 +176,3 @@ def attention_distances(sheets: Sequence[LevelSheet]) -> dict[str, float]:
     for sheet in sheets:
         found.setdefault(sheet.level, []).append(sheet.distance)
     return {level: sum(values) / len(values) for level, values in found.items()}
-
-
-@contextlib.contextmanager
-def _untouched(*modules: nn.Module) -> Iterator[None]:
-    """Eval mode inside; each module's own mode and torch's random states are put back afterwards."""
-    modes = [(each, each.training) for module in modules for each in module.modules()]
-    devices = {p.device for module in modules for p in module.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[device.index or 0 for device in devices]):
-        for each, _ in modes:
-            each.training = False
-        try:
-            yield
-        finally:
-            for each, mode in modes:
-                each.training = mode

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fgd_hooks.adapters import automatic_adapter
 from fgd_hooks.masks import PackedBoxes
 from fgd_hooks.taps.levels import probe_input
-from fgd_hooks.utils.preserve import no_trace
+from fgd_hooks.utils.preserve import preserve
 
 if TYPE_CHECKING:
     from fgd_hooks.distiller import Distiller
@@ -70,7 +70,7 @@ def extra_cost(distiller: Distiller, batch: int, size: int) -> Cost:
     """
     teachers = distiller.teachers
     image = probe_input(distiller.student, size)
-    with no_trace(*teachers, distiller):
+    with preserve(*teachers, distiller):
         with FlopCounterMode(display=False) as teaching:
             taught, scores = distiller._teach(image, image.device)
         boxes = PackedBoxes.from_list([image.new_zeros(0, 4)], (size, size), image.device)

@@ -23,7 +23,7 @@ from fgd_hooks.guards import StepHealth
 from fgd_hooks.masks import PackedBoxes
 from fgd_hooks.schedule import Clock
 from fgd_hooks.utils.modules import gradient_norm
-from fgd_hooks.utils.preserve import RandomState, bit_equal, no_trace
+from fgd_hooks.utils.preserve import RandomState, bit_equal, preserve
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
@@ -68,7 +68,7 @@ def diagnose(
     with distiller.batch_to_diagnose(images, boxes, loss) as (images, boxes):
         patient = _Patient(distiller, images, loss, optimizer)
         models = (patient.student, *patient.teachers, distiller)
-        with no_trace(*models), distiller.taps.aside():
+        with preserve(*models), distiller.taps.aside():
             return Report(tuple(_findings(patient, boxes, canvas)))
 
 

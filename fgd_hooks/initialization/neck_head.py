@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fgd_hooks.taps.levels import collection, find_levels, observe, probe_input
 from fgd_hooks.taps.tap import Tap
 from fgd_hooks.utils.modules import own_tensors, unwrap
-from fgd_hooks.utils.preserve import untouched
+from fgd_hooks.utils.preserve import preserve
 
 PARTS = ("neck", "head")
 
@@ -58,7 +58,7 @@ def find_parts(model: nn.Module, *, example: Any = None, role: str = "model") ->
             if (level := Tap(tap.module, tap.io, (key,))) in taps:
                 levels[level] = item
 
-    with untouched(model):
+    with preserve(model, probe=True):
         observe(model, example, see)
     begin, end = (max(made[id(item)][0] for item in maps) for maps in (first, levels.values()))
     neck = {name for name, number in calls.items() if begin <= number < end}

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import typing
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ from fgd_hooks.teacher import check_apart, check_finite
 from fgd_hooks.utils.distributed import is_distributed, on_any_process
 from fgd_hooks.utils.linalg import MAX_CELLS, evenly_spaced, ridge_change, wide
 from fgd_hooks.utils.modules import all_tensors, unwrap, write_tensors
-from fgd_hooks.utils.preserve import untouched
+from fgd_hooks.utils.preserve import preserve
 
 MOST_NUMBERS = 2**24
 """Of a map's numbers, how many are in float64 at a time."""
@@ -194,7 +194,8 @@ def _fit_all(
         handles.append(layer.register_forward_pre_hook(before(name, key is not None), with_kwargs=True))
         if key is not None:
             handles.append(layer.register_forward_hook(after(name, unit.layers[key], teacher[key])))
-    _run(student, images, "student", handles)
+    fitted = [buffer for unit in fits.values() for layer in unit.layers.values() for buffer in layer.buffers()]
+    _run(student, images, "student", handles, fitted)
     return explained
 
 
@@ -230,10 +231,10 @@ def _check_weights(fits: Mapping[str, Unit]) -> None:
                 )
 
 
-def _run(model: nn.Module, images: Any, role: str, handles: list[Any]) -> None:
-    """One pass in eval mode that leaves no trace but what the hooks do, which are removed."""
+def _run(model: nn.Module, images: Any, role: str, handles: list[Any], fitted: Sequence[Tensor] = ()) -> None:
+    """One pass in eval mode that leaves no trace but in parameters and ``fitted``; the hooks are removed."""
     try:
-        with untouched(model):
+        with preserve(model, probe=True, but=fitted):
             model(images)
     except Exception as error:
         raise ValueError(f"The {role} ({type(model).__name__}) cannot be run on the images: {error}") from error

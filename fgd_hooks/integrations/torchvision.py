@@ -41,7 +41,7 @@ from fgd_hooks.taps.levels import PROBE_SIZE, probe_input
 from fgd_hooks.taps.tap import describe
 from fgd_hooks.teacher import check_apart
 from fgd_hooks.utils.modules import unwrap
-from fgd_hooks.utils.preserve import no_trace, untouched
+from fgd_hooks.utils.preserve import preserve
 
 logger = logging.getLogger("fgd_hooks")
 
@@ -123,7 +123,7 @@ class TorchvisionDistiller(Distiller):
         """The batch that ``loss`` lets the student see, unless images and boxes are given."""
         try:
             if images is None:
-                with no_trace(self.student, self), self.taps.aside():
+                with preserve(self.student, self), self.taps.aside():
                     loss()
                     images, boxes = self._last_batch()
             yield images, [] if boxes is None else boxes
@@ -286,7 +286,7 @@ def backbone_maps(
     found: dict[str, list[tuple[int, int]]] = {}
     for canvas in canvases:
         try:
-            with untouched(face):
+            with preserve(face, probe=True):
                 maps = face(_example(face, canvas))
         except Exception as error:
             raise TapError(

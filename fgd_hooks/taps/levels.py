@@ -15,7 +15,7 @@ from fgd_hooks.errors import LayoutError, PairingError, TapError
 from fgd_hooks.taps.hooks import FeatureTaps, first_argument, run_until_tapped
 from fgd_hooks.taps.tap import Size, Tap, describe, expand_taps, fits, infer_layout
 from fgd_hooks.utils.modules import unwrap
-from fgd_hooks.utils.preserve import untouched
+from fgd_hooks.utils.preserve import preserve
 
 logger = logging.getLogger("fgd_hooks")
 
@@ -87,7 +87,7 @@ def find_levels(
     if example is None:
         example = probe_input(model, size)
     canvas = _canvas(example)
-    with untouched(model):
+    with preserve(model, probe=True):
         if taps is None:
             found = _find_head_inputs(model, example, role)
         else:
@@ -127,7 +127,7 @@ def find_sources(model: nn.Module, taps: Sequence[Tap], *, example: Any = None) 
                     sources[wanted] = made[id(item)][1]
 
     if any(tap.io == "input" for tap in taps):
-        with untouched(model):
+        with preserve(model, probe=True):
             observe(model, probe_input(model) if example is None else example, see)
     return [sources.get(tap) for tap in taps]
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 import sys
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+_CONTAINERS = (dict, OrderedDict, list, set)  # torch's tables of parameters, buffers, modules and hooks among them
 
 
 @dataclass(frozen=True)
@@ -45,65 +50,67 @@ class RandomState:
 
 
 @contextlib.contextmanager
-def no_trace(*models: nn.Module) -> Iterator[None]:
-    """Run forward and backward passes inside this block and leave no trace in the models and the random state.
+def preserve(*models: nn.Module, probe: bool = False, but: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Run models inside this block; afterwards they and all random states are exactly as before.
 
-    Afterwards parameters, buffers, gradients, training modes and plain attributes are as before. Inside, gradients
-    begin at None. Hooks that are registered inside stay. A copy of all weights is held meanwhile.
+    Put back are training modes, attributes (those added or removed inside, too), buffers and gradients; hooks of any
+    kind that are registered inside are gone, and those removed inside are there again. A lazy module, which becomes
+    what it is in its first pass, stays that.
+
+    Args:
+        models: may share modules.
+        probe: inside, every module is in eval mode, and no gradient is recorded; parameters are taken to stay as they
+            are. Without it, gradients begin at None, and a copy of all parameters is held meanwhile and put back.
+        but: tensors that are changed on purpose, whose new values stay.
     """
-    modules = list({id(m): m for model in models for m in model.modules()}.values())
-    attributes = [(module, dict(vars(module)), dict(module._buffers)) for module in modules]
-    parameters = list({id(p): p for model in models for p in model.parameters()}.values())
-    tensors = [*parameters, *{id(b): b for model in models for b in model.buffers()}.values()]
-    values = [(tensor, tensor.detach().clone()) for tensor in tensors]
-    gradients = [(parameter, parameter.grad) for parameter in parameters]
+    modules = list(dict.fromkeys(module for model in models for module in model.modules()))
+    parameters = [p for p in dict.fromkeys(p for model in models for p in model.parameters()) if not is_lazy(p)]
+    before = [(module, type(module), module.training, dict(vars(module)), _contents(module)) for module in modules]
+    held = [each for module in modules for each in (*module.buffers(recurse=False), *vars(module).values())]
+    values = {id(t): (t, t.detach().clone()) for t in held if isinstance(t, Tensor) and not is_lazy(t)}
+    values.update({id(p): (p, p.detach().clone()) for p in parameters if not probe})
+    for tensor in but:
+        values.pop(id(tensor), None)
+    gradients = [(p, p.grad, p.requires_grad) for p in parameters]
     state = RandomState.now(*models)
-    for parameter in parameters:
+    for part in modules if probe else ():
+        part.training = False
+    for parameter in () if probe else parameters:
         parameter.grad = None
     try:
-        yield
+        with torch.no_grad() if probe else contextlib.nullcontext():
+            yield
     finally:
-        state.restore()
-        for module, own, buffers in attributes:
-            vars(module).clear()
-            vars(module).update(own)
-            module._buffers.clear()
-            module._buffers.update(buffers)
-        with torch.no_grad():
-            for tensor, value in values:
-                if not bit_equal(tensor, value):
-                    tensor.data.copy_(value)  # as if never written: a graph that waits for its backward stays valid
-        for parameter, gradient in gradients:
+        for module, kind, training, attributes, contents in before:
+            if type(module) is kind:
+                vars(module).clear()
+                vars(module).update(attributes)
+                for container, content in contents:
+                    container.clear()
+                    container.extend(content) if isinstance(container, list) else container.update(content)
+            module.training = training
+        for tensor, value in values.values():
+            if (tensor.shape, tensor.dtype, tensor.device) != (value.shape, value.dtype, value.device):
+                tensor.data = value
+            elif not bit_equal(tensor, value):
+                tensor.data.copy_(value)  # as if never written: a graph that waits for its backward stays valid
+        for parameter, gradient, flag in gradients:
             parameter.grad = gradient
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+        state.restore()
+
+
+def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
+    """The containers among a module's attributes, each with a copy."""
+    return [(each, copy.copy(each)) for each in vars(module).values() if type(each) in _CONTAINERS]
 
 
 def bit_equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same numbers; NaN equals NaN."""
+    """Whether two tensors of one shape hold the same numbers; NaN equals NaN."""
     if torch.equal(one, other):
         return True
     if one.shape != other.shape or not torch.equal(one.isnan(), other.isnan()):
         return False
     kept = {"posinf": float("inf"), "neginf": float("-inf")}
     return torch.equal(one.nan_to_num(**kept), other.nan_to_num(**kept))
-
-
-@contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Run a probe inside this block and leave no trace.
-
-    Inside, every module is in eval mode and no gradient is recorded. Afterwards all modules have the attributes that
-    they had before (training flags, cached anchors and the like), and so has the global random state.
-    """
-    modules = list(model.modules())
-    saved = [dict(vars(module)) for module in modules]
-    state = RandomState.now(model)
-    try:
-        with torch.no_grad():
-            for module in modules:
-                module.training = False
-            yield
-    finally:
-        for module, attributes in zip(modules, saved, strict=True):
-            vars(module).clear()
-            vars(module).update(attributes)
-        state.restore()
