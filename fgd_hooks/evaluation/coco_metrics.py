@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from fgd_hooks.errors import DataError
+import numpy as np
+
+from fgd_hooks.errors import DataError, needs_extra
 from fgd_hooks.evaluation.dataset import EvalData, Floats
 from fgd_hooks.evaluation.reporting import Table, percent
 
@@ -79,7 +81,7 @@ class CocoMetrics:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts, ready for JSON."""
-        return {**asdict(self), "per_class": [asdict(entry) for entry in self.per_class]}
+        return {**asdict(self), "per_class": [asdict(entry) for entry in self.per_class]}  # a list, as in JSON
 
     def table(self, title: str | None = None) -> RichTable:
         """One row for all classes and one for each, in per cent."""
@@ -131,80 +133,67 @@ def coco_metrics(truth: EvalData, detections: Sequence[Floats], max_dets: int = 
     if len(detections) != len(truth.images):
         raise ValueError(f"{len(detections)} arrays of detections for {len(truth.images)} images; give one per image")
     check_max_dets(max_dets)
-    from pycocotools.cocoeval import COCOeval
+    with needs_extra("eval"):
+        from pycocotools.cocoeval import COCOeval
 
+    true = (
+        (number, int(label), box, {"area": float(area), "iscrowd": int(crowd)})
+        for number, image in enumerate(truth.images)
+        for label, box, area, crowd in zip(image.labels, image.boxes, image.areas, image.crowd, strict=True)
+    )
+    found = (
+        (number, int(row[5]), row[:4], {"area": float(row[2] * row[3]), "score": float(row[4])})
+        for number, rows in enumerate(detections)
+        for row in rows
+    )
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        judge = COCOeval(_coco_truth(truth), _coco_detections(truth, detections), "bbox")
+        judge = COCOeval(_coco(truth, true), _coco(truth, found), "bbox")
         judge.params.maxDets = [1, 10, max_dets]
         judge.evaluate()
         judge.accumulate()
     precision: Floats = judge.eval["precision"]  # IoU threshold, recall, class, size (all, s, m, l), max detections
     recall: Floats = judge.eval["recall"]  # IoU threshold, class, size, max detections
-    per_class = []
-    for index, name in enumerate(truth.names):
-        shown = [int(((image.labels == index) & ~image.crowd).sum()) for image in truth.images]
-        own = precision[:, :, index, 0, -1]
-        values = (_mean(own), _mean(own[0]), _mean(own[5]))
-        per_class.append(ClassMetrics(name, sum(n > 0 for n in shown), sum(shown), *values))
+    sizes = ("small", "medium", "large")
+    figures = _precisions(precision[..., 0, -1])
+    figures |= {f"map_{size}": _mean(precision[..., number, -1]) for number, size in enumerate(sizes, 1)}
+    figures |= {name: _mean(recall[..., 0, number]) for number, name in enumerate(("ar_1", "ar_10", "ar"))}
+    figures |= {f"ar_{size}": _mean(recall[..., number, -1]) for number, size in enumerate(sizes, 1)}
+    boxes = [np.bincount(image.labels[~image.crowd], minlength=len(truth.names)) for image in truth.images]
     return CocoMetrics(
-        map50_95=_mean(precision[..., 0, -1]),
-        map50=_mean(precision[0, ..., 0, -1]),
-        map75=_mean(precision[5, ..., 0, -1]),
-        map_small=_mean(precision[..., 1, -1]),
-        map_medium=_mean(precision[..., 2, -1]),
-        map_large=_mean(precision[..., 3, -1]),
-        ar_1=_mean(recall[..., 0, 0]),
-        ar_10=_mean(recall[..., 0, 1]),
-        ar=_mean(recall[..., 0, 2]),
-        ar_small=_mean(recall[..., 1, 2]),
-        ar_medium=_mean(recall[..., 2, 2]),
-        ar_large=_mean(recall[..., 3, 2]),
+        **figures,
         images=len(truth.images),
-        boxes=sum(int((~image.crowd).sum()) for image in truth.images),
-        detections=sum(len(rows) for rows in detections),
-        per_class=tuple(per_class),
+        boxes=int(np.sum(boxes)),
+        detections=sum(map(len, detections)),
+        per_class=tuple(
+            ClassMetrics(name, int((shown > 0).sum()), int(shown.sum()), **_precisions(precision[:, :, index, 0, -1]))
+            for index, (name, shown) in enumerate(zip(truth.names, np.transpose(boxes), strict=True))
+        ),
     )
 
 
-def _coco_truth(truth: EvalData) -> Any:
-    """The true boxes as a pycocotools COCO object; images and classes are numbered from 1."""
-    annotations = []
-    for number, image in enumerate(truth.images, 1):
-        for label, box, area, crowd in zip(image.labels, image.boxes, image.areas, image.crowd, strict=True):
-            annotations.append(_annotation(number, int(label), box, float(area), int(crowd)))
-    return _coco(truth, annotations)
-
-
-def _coco_detections(truth: EvalData, detections: Sequence[Floats]) -> Any:
-    """The detections as a pycocotools COCO object."""
-    annotations = []
-    for number, rows in enumerate(detections, 1):
-        for row in rows:
-            annotation = _annotation(number, int(row[5]), row[:4], float(row[2] * row[3]), 0)
-            annotations.append({**annotation, "score": float(row[4])})
-    return _coco(truth, annotations)
-
-
-def _annotation(image: int, label: int, box: Floats, area: float, crowd: int) -> dict[str, Any]:
-    bbox = [float(value) for value in box]
-    return {"image_id": image, "category_id": label + 1, "bbox": bbox, "area": area, "iscrowd": crowd}
-
-
-def _coco(truth: EvalData, annotations: list[dict[str, Any]]) -> Any:
-    """A COCO object; built by hand because loadRes refuses an empty list of detections."""
-    from pycocotools.coco import COCO
-
-    coco = COCO()
-    coco.dataset = {
-        "images": [{"id": i} for i in range(1, len(truth.images) + 1)],
-        "categories": [{"id": i, "name": name} for i, name in enumerate(truth.names, 1)],
-        "annotations": [{**annotation, "id": i} for i, annotation in enumerate(annotations, 1)],
-    }
-    coco.createIndex()
-    return coco
+def _precisions(precision: Floats) -> dict[str, float | None]:
+    """The three means of precisions, IoU thresholds first."""
+    return {"map50_95": _mean(precision), "map50": _mean(precision[0]), "map75": _mean(precision[5])}
 
 
 def _mean(values: Floats) -> float | None:
     """Mean over the entries that are defined; pycocotools marks the others with -1."""
     defined = values[values > -1]
     return float(defined.mean()) if defined.size else None
+
+
+def _coco(truth: EvalData, boxes: Iterable[tuple[int, int, Floats, dict[str, Any]]]) -> Any:
+    """A COCO object of boxes (image, class, left top width height, more); by hand: loadRes refuses an empty list."""
+    from pycocotools.coco import COCO
+
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": number} for number in range(len(truth.images))],
+        "categories": [{"id": number, "name": name} for number, name in enumerate(truth.names)],
+        "annotations": [
+            {"id": number, "image_id": image, "category_id": label, "bbox": box.tolist(), "iscrowd": 0, **more}
+            for number, (image, label, box, more) in enumerate(boxes, 1)  # an id of 0 means "no match" in pycocotools
+        ],
+    }
+    coco.createIndex()
+    return coco

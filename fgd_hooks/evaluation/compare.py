@@ -25,16 +25,10 @@ from fgd_hooks.evaluation.runs import RunFolder, read_evaluation, read_run
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-
 logger = logging.getLogger("fgd_hooks")
 
-
 _LOG_HEADINGS = ("arm", "runs", "mAP50-95", "mAP50", "best mAP50-95", "best epoch", "epochs", "minutes")
-
-
 _COCO = {"mAP50-95": "map50_95", "mAP50": "map50", "small": "map_small", "medium": "map_medium", "large": "map_large"}
-
-
 LOG_TITLE = "Last epoch, from the logs (Ultralytics' validator), per cent"
 
 
@@ -128,19 +122,15 @@ def compare(
 def _evaluation(
     run: RunFolder, data: str | Path | None, split: str, weights: str, device: str | None
 ) -> dict[str, Any] | None:
+    """Figures that lie in the run and are not older than the weights they name; with data, these or new ones."""
     if data is None:
-        return _kept(run, "eval.json") or _kept(run, f"eval-{split}.json")
-    model = run.folder / "weights" / f"{weights}.pt"
+        return next(filter(None, (_kept(run.folder / f"{name}.json") for name in ("eval", f"eval-{split}"))), None)
+    model, data = run.folder / "weights" / f"{weights}.pt", Path(data)
     if not model.is_file():
         raise FileNotFoundError(f"{run.folder} has no weights/{weights}.pt, so it cannot be measured on {data}.")
-    data = Path(data)
     file = run.folder / f"eval-{data.stem if data.suffix == '.json' else split}.json"
-    kept = read_evaluation(file)
-    if (
-        kept is not None
-        and (kept.get("data"), Path(str(kept.get("model"))).name) == (str(data), model.name)
-        and _is_newer(file, model)
-    ):
+    kept = _kept(file, quiet=True)
+    if kept is not None and (kept.get("data"), Path(str(kept.get("model"))).name) == (str(data), model.name):
         return kept
     from fgd_hooks.evaluation.evaluate import evaluate
 
@@ -149,42 +139,32 @@ def _evaluation(
     return result
 
 
-def _is_newer(file: Path, model: Path) -> bool:
-    """Whether figures were written after the weights, or together with them."""
-    return file.stat().st_mtime >= model.stat().st_mtime
-
-
-def _kept(run: RunFolder, name: str) -> dict[str, Any] | None:
-    """Figures that lie in the run; None where there are none, or where the weights they name were written later."""
-    file = run.folder / name
+def _kept(file: Path, quiet: bool = False) -> dict[str, Any] | None:
+    """Figures in a run's folder; None where there are none, or where the weights they name were written later."""
     found = read_evaluation(file)
-    if found is None:
-        return None
-    model = run.folder / "weights" / Path(str(found.get("model"))).name
-    if model.is_file() and not _is_newer(file, model):
+    model = file.parent / "weights" / Path(str(found and found.get("model"))).name
+    if found is None or not model.is_file() or file.stat().st_mtime >= model.stat().st_mtime:
+        return found
+    if not quiet:
         logger.warning("%s is older than %s and is left out; measure it again with --data.", file, model.name)
-        return None
-    return found
+    return None
 
 
 def _group(runs: Sequence[RunFolder]) -> tuple[Arm[RunFolder], ...]:
     """Runs with the same settings together; one that is unfinished or whose settings are not known stays alone."""
     times = Counter(run.name for run in runs)  # "train", as a rule, in folders of other names
-    names = {run.folder: f"{run.folder.parent.name}/{run.name}" if times[run.name] > 1 else run.name for run in runs}
     groups: dict[str, list[RunFolder]] = {}
     for run in runs:
         alone = "" if run.finished and run.distillation is not None else str(run.folder)
         key = json.dumps([run.settings, run.distillation, alone], sort_keys=True, default=str)
         groups.setdefault(key, []).append(run)
-    labels: list[str] = []
+    arms: dict[str, Arm[RunFolder]] = {}
     for members in groups.values():
-        label = _label([names[run.folder] for run in members])
+        label = _label([f"{run.folder.parent.name}/{run.name}" if times[run.name] > 1 else run.name for run in members])
         numbers = itertools.chain((label,), (f"{label} ({number})" for number in itertools.count(2)))
-        labels.append(next(each for each in numbers if each not in labels))
-    return tuple(
-        Arm(label, tuple(sorted(members, key=lambda run: run.seed)))
-        for label, members in zip(labels, groups.values(), strict=True)
-    )
+        name = next(each for each in numbers if each not in arms)
+        arms[name] = Arm(name, tuple(sorted(members, key=lambda run: run.seed)))
+    return tuple(arms.values())
 
 
 def _label(names: Sequence[str]) -> str:
@@ -203,26 +183,26 @@ def _teachers(settings: Mapping[str, Any]) -> str:
 
 def _differing(arms: Sequence[Arm[RunFolder]]) -> dict[str, tuple[str, ...]]:
     """Setting -> value in each arm; FGD's own only where arms with FGD differ in them."""
-    table: dict[str, tuple[str, ...]] = {}
     if len(arms) < 2:
-        return table
-    firsts = [arm.runs[0] for arm in arms]
-    own = [run.distillation for run in firsts]
+        return {}
+    table: dict[str, tuple[str, ...]] = {}
+    own = [arm.runs[0].distillation for arm in arms]
     if any(each != {} for each in own):
-        table["FGD"] = tuple(
-            "none" if each == {} else "settings unknown" if each is None else f"teacher {_teachers(each)}"
-            for each in own
-        )
+        words = {True: "none", False: "settings unknown"}
+        table["FGD"] = tuple(f"teacher {_teachers(each)}" if each else words[each == {}] for each in own)
     known = [each for each in own if each]
     for key in sorted({key for each in known for key in each}):
-        values = [each.get(key) for each in known]
-        if any(value != values[0] for value in values):
+        if _differ([each.get(key) for each in known]):
             table[key] = tuple(_text(each.get(key)) if each else "-" for each in own)
-    for key in sorted({key for run in firsts for key in run.settings}):
-        hosts = [run.settings.get(key) for run in firsts]
-        if any(value != hosts[0] for value in hosts):
-            table[key] = tuple(map(_text, hosts))
+    hosts = [arm.runs[0].settings for arm in arms]
+    for key in sorted({key for each in hosts for key in each}):
+        if _differ([each.get(key) for each in hosts]):
+            table[key] = tuple(_text(each.get(key)) for each in hosts)
     return table
+
+
+def _differ(values: Sequence[Any]) -> bool:
+    return any(value != values[0] for value in values)
 
 
 def _notes(arms: Sequence[Arm[RunFolder]]) -> tuple[str, ...]:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import yaml
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from fgd_hooks.errors import DataError
 
 _EXIF_ORIENTATION = 274
-
 
 Floats = npt.NDArray[np.float64]
 
@@ -82,14 +82,20 @@ def true_image(
     return TrueImage(file, width, height, np.asarray(labels, dtype=np.int64), boxes, areas, crowd)
 
 
-def image_size(file: Path) -> tuple[int, int]:
-    """Width and height in pixels as a reader that follows the EXIF orientation sees them."""
+@contextmanager
+def _opened(file: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(file) as image:
-            width, height = image.size
-            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+            yield image
     except (OSError, ImportError) as error:  # ImportError: Ultralytics lets Pillow look for a HEIF reader
         raise DataError(f"{file} cannot be read as an image: {error}") from error
+
+
+def image_size(file: Path) -> tuple[int, int]:
+    """Width and height in pixels as a reader that follows the EXIF orientation sees them."""
+    with _opened(file) as image:
+        width, height = image.size
+        turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
     return (height, width) if turned else (width, height)
 
 
@@ -113,11 +119,8 @@ def load_letterboxed(file: Path, imgsz: int, stride: int = 32) -> tuple[Tensor, 
     Raises:
         DataError: the file is no image.
     """
-    try:
-        with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, ImportError) as error:  # ImportError: Ultralytics lets Pillow look for a HEIF reader
-        raise DataError(f"{file} cannot be read as an image: {error}") from error
+    with _opened(file) as opened:
+        image = ImageOps.exif_transpose(opened).convert("RGB")
     scale = imgsz / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     canvas = Image.new("RGB", (-(-width // stride) * stride, -(-height // stride) * stride), (GREY,) * 3)
@@ -139,17 +142,15 @@ def linked_copy(
     truth: EvalData, to_model: dict[int, int], names: dict[int, str], folder: Path, channels: int
 ) -> tuple[Path, dict[str, int]]:
     """Lay out a data set of links in YOLO format; returns its yaml and the index of the image by file name."""
-    images, labels = folder / "images", folder / "labels"
-    images.mkdir()
-    labels.mkdir()
     position = {}
+    for kind in ("images", "labels"):
+        (folder / kind).mkdir()
     for index, image in enumerate(truth.images):
-        name = f"{index:08d}"
-        link = images / f"{name}{image.file.suffix.lower()}"
+        link = folder / "images" / f"{index:08d}{image.file.suffix.lower()}"
         link_file(image.file.resolve(), link)
         position[link.name] = index
-        scale = np.array([image.width, image.height, image.width, image.height], dtype=np.float64)
-        corners = np.concatenate([image.boxes[:, :2], image.boxes[:, :2] + image.boxes[:, 2:]], axis=1) / scale
+        corners = np.concatenate([image.boxes[:, :2], image.boxes[:, :2] + image.boxes[:, 2:]], axis=1)
+        corners /= np.array([image.width, image.height] * 2, dtype=np.float64)
         corners = corners.clip(0.0, 1.0)  # a row outside would make Ultralytics leave out the whole image
         rows = np.concatenate([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], axis=1)
         lines = [
@@ -157,11 +158,10 @@ def linked_copy(
             for label, row, crowd in zip(image.labels, rows, image.crowd, strict=True)
             if not crowd
         ]
-        (labels / f"{name}.txt").write_text("\n".join(lines))
-    lines = [f"path: {folder.resolve().as_posix()}", "train: images", "val: images", f"channels: {channels}", "names:"]
-    lines += [f"  {index}: {json.dumps(name)}" for index, name in sorted(names.items())]
+        (folder / "labels" / f"{index:08d}.txt").write_text("\n".join(lines))
+    content = {"path": folder.resolve().as_posix(), "train": "images", "val": "images", "channels": channels}
     file = folder / "data.yaml"
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    file.write_text(yaml.safe_dump({**content, "names": names}, allow_unicode=True), encoding="utf-8")
     return file, position
 
 

@@ -1,23 +1,10 @@
 """COCO metrics of an Ultralytics detection model: the engine of ``fgd eval``.
 
-The detections are the ones that ``model.val()`` of Ultralytics judges: its own validator makes them (letterbox without
-enlarging, images of like shape batched in rectangles, confidence from 0.001 up, non-maximum suppression per class at
-IoU 0.7 in which one box may carry several classes, at most 300 boxes an image). pycocotools then judges the same
-detections against the true boxes. The validator's own two figures are kept beside (``ultralytics_map50_95``,
-``ultralytics_map50``; the same as ``model.val()`` gives). The two differ a little, commonly by less than half a point:
-
-- boxes are cut at the border of the image here, as everywhere else a detection is handed out, but not in Ultralytics'
-  validator, which compares them on the letterboxed canvas. Objects at the border match better here. On a set of blood
-  cells at 192 px this alone was 0.4 points of mAP50-95, the rest less than 0.1;
-- pycocotools takes the best precision at a recall or beyond at 101 recalls and averages; Ultralytics joins the points
-  of the curve by straight lines and integrates;
-- pycocotools counts at most ``max_dets`` (100) detections per image and class, Ultralytics 300 per image;
-- crowd regions (COCO files only) are ignored by pycocotools and unknown to Ultralytics;
-- areas and sizes exist in pycocotools only.
-
-Both average over the classes that have at least one true box. Small, medium and large mean areas below 32^2, up to
-96^2 and above, in pixels of the original image; a class without a box of that size does not enter that mean. In YOLO
-format the area is the box's, in COCO format what the file says (the mask's, where it has masks).
+Ultralytics' own validator makes the detections, pycocotools judges them. The validator's own two figures are kept
+beside and differ a little; docs/evaluation.md says by how much, and why. Both average over the classes that have at
+least one true box. Small, medium and large mean areas below 32^2, up to 96^2 and above, in pixels of the original
+image; a class without a box of that size does not enter that mean. In YOLO format the area is the box's, in COCO format
+what the file says (the mask's, where it has masks).
 """
 
 from __future__ import annotations
@@ -32,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from fgd_hooks.errors import DataError
+from fgd_hooks.errors import DataError, needs_extra
 from fgd_hooks.evaluation.coco_metrics import CocoMetrics, check_max_dets, coco_metrics
 from fgd_hooks.evaluation.dataset import EvalData, Floats, linked_copy, shorten
 from fgd_hooks.evaluation.readers import read_data
@@ -40,7 +27,6 @@ from fgd_hooks.evaluation.reporting import percent
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
-
 
 Match = Literal["name", "order"]
 
@@ -191,31 +177,34 @@ def load_detector(model: Any) -> Any:
         DataError: it cannot be loaded, or is no detector.
     """
     if isinstance(model, (str, Path)):
-        from ultralytics import YOLO
-        from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
-
-        # The names of official weights alone may be fetched by Ultralytics; a misspelt path must not look like one.
-        if not Path(model).exists() and str(model) not in GITHUB_ASSETS_NAMES:
-            raise FileNotFoundError(
-                f"model file {model} not found (looked in {Path.cwd()}); give the path of a trained model, "
-                "for example runs/detect/train/weights/best.pt"
-            )
-        if Path(model).suffix in (".yaml", ".yml"):
-            raise DataError(f"{model} describes a model without weights; give trained weights, a .pt file")
-        try:
-            with quiet_ultralytics():
-                loaded = YOLO(str(model))
-                task = loaded.task
-        except Exception as error:
-            raise DataError(f"{model} cannot be loaded as an Ultralytics model: {error}") from error
-        model = loaded
-    else:
-        task = getattr(model, "task", None)
-        if not hasattr(model, "val"):
-            raise DataError(f"model: expected a file or an ultralytics YOLO object, got {type(model).__name__}")
+        model = _load(str(model))
+    elif not hasattr(model, "val"):
+        raise DataError(f"model: expected a file or an ultralytics YOLO object, got {type(model).__name__}")
+    task = getattr(model, "task", None)
     if task != "detect":
         raise DataError(f"the model's task is {task!r}; only detection models ('detect') can be evaluated here")
     return model
+
+
+def _load(file: str) -> Any:
+    """An Ultralytics model from a file."""
+    with needs_extra("ultralytics"):
+        from ultralytics import YOLO
+        from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
+
+    # The names of official weights alone may be fetched by Ultralytics; a misspelt path must not look like one.
+    if not Path(file).exists() and file not in GITHUB_ASSETS_NAMES:
+        raise FileNotFoundError(
+            f"model file {file} not found (looked in {Path.cwd()}); give the path of a trained model, "
+            "for example runs/detect/train/weights/best.pt"
+        )
+    if Path(file).suffix in (".yaml", ".yml"):
+        raise DataError(f"{file} describes a model without weights; give trained weights, a .pt file")
+    try:
+        with quiet_ultralytics():
+            return YOLO(file)
+    except Exception as error:
+        raise DataError(f"{file} cannot be loaded as an Ultralytics model: {error}") from error
 
 
 def _class_map(truth: EvalData, names: dict[int, str], match: Match) -> dict[int, int]:
@@ -226,28 +215,27 @@ def _class_map(truth: EvalData, names: dict[int, str], match: Match) -> dict[int
     """
     if match not in ("name", "order"):
         raise DataError(f"match must be 'name' or 'order', got {match!r}")
-    if len(truth.names) != len(names):
+    ours, ids, theirs = list(truth.names), sorted(names), [names[key] for key in sorted(names)]
+    if len(ours) != len(theirs):
         raise DataError(
-            f"{truth.source} has {len(truth.names)} classes ({shorten(truth.names)}), the model has {len(names)} "
-            f"({shorten(list(names.values()))}); evaluate on data with the classes that the model was trained on"
+            f"{truth.source} has {len(ours)} classes ({shorten(ours)}), the model has {len(theirs)} "
+            f"({shorten(theirs)}); evaluate on data with the classes that the model was trained on"
         )
-    theirs = [names[k] for k in sorted(names)]
-    if match == "order" or list(truth.names) == theirs:
-        return dict(enumerate(sorted(names)))
-    if sorted(truth.names) != sorted(theirs) or len(set(theirs)) != len(theirs):
-        unknown = [name for name in truth.names if name not in theirs]
+    if match == "order" or ours == theirs:
+        return dict(enumerate(ids))
+    if sorted(ours) != sorted(theirs) or len(set(theirs)) != len(theirs):
+        unknown = [name for name in ours if name not in theirs]
         raise DataError(
-            f"{truth.source} has classes the model does not know by that name ({shorten(unknown or truth.names)}); "
+            f"{truth.source} has classes the model does not know by that name ({shorten(unknown or ours)}); "
             f"the model's are {shorten(theirs)}. Rename them in the data, or pass match='order' where they mean the "
             "same in the same order"
         )
     if not truth.by_name:
         raise DataError(
-            f"{truth.source} numbers the classes {_numbered(truth.ids, truth.names)}, the model "
-            f"{_numbered(sorted(names), theirs)}; the class ids of the labels mean other classes than the model's. "
-            "Renumber the labels"
+            f"{truth.source} numbers the classes {_numbered(truth.ids, ours)}, the model {_numbered(ids, theirs)}; the "
+            "class ids of the labels mean other classes than the model's. Renumber the labels"
         )
-    return {index: theirs.index(name) for index, name in enumerate(truth.names)}
+    return {index: ids[theirs.index(name)] for index, name in enumerate(ours)}
 
 
 def _detect(
@@ -267,7 +255,8 @@ def _detect(
         One (n, 6) array per image as `coco_metrics` takes them, Ultralytics' own mAP50-95 and mAP50, and
         the input size.
     """
-    yaml_file, position = linked_copy(truth, to_model, names, folder, _channels(yolo))
+    own = getattr(yolo.model, "yaml", None) or {}
+    yaml_file, position = linked_copy(truth, to_model, names, folder, int(own.get("channels") or 3))
     from_model = {theirs: ours for ours, theirs in to_model.items()}
     found: list[Floats] = [np.zeros((0, 6)) for _ in truth.images]
     sizes: list[int] = []
@@ -299,12 +288,6 @@ def _detect(
         **arguments,
     )
     return found, (float(metrics.box.map), float(metrics.box.map50)), sizes[0]
-
-
-def _channels(yolo: Any) -> int:
-    """Number of image channels that the model takes; 3 unless its own yaml says otherwise."""
-    own: Any = getattr(yolo.model, "yaml", None)
-    return int(own.get("channels") or 3) if isinstance(own, dict) else 3
 
 
 def _numbered(ids: Sequence[int], names: Sequence[str]) -> str:

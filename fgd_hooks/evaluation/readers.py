@@ -61,39 +61,39 @@ def read_coco(file: Path, images: str | Path | None) -> EvalData:
         raise DataError(f"{file}: its list 'images' is empty")
     categories = sorted(content["categories"], key=lambda category: int(category["id"]))
     ids = [int(category["id"]) for category in categories]
-    index = {identifier: position for position, identifier in enumerate(ids)}
-    folder = _coco_folder(file, [str(image["file_name"]) for image in content["images"]], images)
     boxes: dict[int, list[dict[str, Any]]] = {int(image["id"]): [] for image in content["images"]}
     if len(boxes) != len(content["images"]):
         raise DataError(f"{file}: {len(content['images'])} images share {len(boxes)} ids; every image needs its own id")
-    for annotation in content["annotations"]:
-        if annotation["image_id"] not in boxes:
+    for each in content["annotations"]:
+        if each["image_id"] not in boxes:
+            raise DataError(f"{file}: annotation {each.get('id')} is of image {each['image_id']}, not listed")
+        if each["category_id"] not in ids:
             raise DataError(
-                f"{file}: annotation {annotation.get('id')} is of image {annotation['image_id']}, not listed"
-            )
-        if annotation["category_id"] not in index:
-            raise DataError(
-                f"{file}: annotation {annotation.get('id')} has category_id {annotation['category_id']}; "
+                f"{file}: annotation {each.get('id')} has category_id {each['category_id']}; "
                 f"the file's categories are {shorten(ids)}"
             )
-        boxes[annotation["image_id"]].append(annotation)
-    result = []
-    for image in content["images"]:
-        own = boxes[int(image["id"])]
-        found = folder / str(image["file_name"])
-        width, height = image_size(found)
-        if {"width", "height"} <= image.keys() and (image["width"], image["height"]) != (width, height):
-            raise DataError(
-                f"{found} is {width}x{height} pixels, {file} says {image['width']}x{image['height']}: not the image "
-                "that was annotated, or resized since"
-            )
-        rectangles = np.array([a["bbox"] for a in own], dtype=np.float64).reshape(-1, 4)
-        areas = np.array([a.get("area", a["bbox"][2] * a["bbox"][3]) for a in own], dtype=np.float64)
-        crowd = np.array([bool(a.get("iscrowd", 0)) for a in own], dtype=np.bool_)
-        labels = [index[a["category_id"]] for a in own]
-        result.append(true_image(found, width, height, labels, rectangles, areas, crowd))
-    names = tuple(str(category["name"]) for category in categories)
-    return EvalData(file, names, tuple(ids), tuple(result), by_name=True)
+        boxes[each["image_id"]].append(each)
+    folder = _coco_folder(file, [str(image["file_name"]) for image in content["images"]], images)
+    result = tuple(_coco_image(file, folder, image, boxes[int(image["id"])], ids) for image in content["images"])
+    return EvalData(file, tuple(str(each["name"]) for each in categories), tuple(ids), result, by_name=True)
+
+
+def _coco_image(
+    file: Path, folder: Path, image: dict[str, Any], boxes: list[dict[str, Any]], ids: list[int]
+) -> TrueImage:
+    """One image of an annotation json with its boxes."""
+    found = folder / str(image["file_name"])
+    width, height = image_size(found)
+    if {"width", "height"} <= image.keys() and (image["width"], image["height"]) != (width, height):
+        raise DataError(
+            f"{found} is {width}x{height} pixels, {file} says {image['width']}x{image['height']}: not the image "
+            "that was annotated, or resized since"
+        )
+    rectangles = np.array([each["bbox"] for each in boxes], dtype=np.float64).reshape(-1, 4)
+    areas = np.array([each.get("area", each["bbox"][2] * each["bbox"][3]) for each in boxes], dtype=np.float64)
+    crowd = np.array([bool(each.get("iscrowd", 0)) for each in boxes], dtype=np.bool_)
+    labels = [ids.index(each["category_id"]) for each in boxes]
+    return true_image(found, width, height, labels, rectangles, areas, crowd)
 
 
 def _coco_folder(file: Path, names: Sequence[str], images: str | Path | None) -> Path:
@@ -121,7 +121,6 @@ def _coco_folder(file: Path, names: Sequence[str], images: str | Path | None) ->
 _IMAGE_SUFFIXES = frozenset(
     (".avif", ".bmp", ".dng", ".heic", ".jp2", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp")
 )
-
 
 _TOLERANCE = 0.01  # how far a normalised coordinate may lie outside 0..1, as in Ultralytics
 
@@ -250,37 +249,35 @@ def _yolo_image(image: Path, label: Path, classes: int) -> TrueImage:
 
 def _label_rows(file: Path, classes: int) -> Floats:
     """Rows (class, x, y, w, h) of a label file; outlines become the boxes around them, equal rows count once."""
-    rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
-        fields = line.split()
-        if not fields:
-            continue
-        try:
-            values = [float(field) for field in fields]
-        except ValueError:
-            raise DataError(f"{file}:{number}: expected numbers, found {line.strip()!r}") from None
-        if len(values) > 6 and len(values) % 2 == 1:  # an outline: class x1 y1 x2 y2 x3 y3 ...
-            xs, ys = values[1::2], values[2::2]
-            left, right, top, bottom = min(xs), max(xs), min(ys), max(ys)
-            values = [values[0], (left + right) / 2, (top + bottom) / 2, right - left, bottom - top]
-        if len(values) != 5:
-            raise DataError(
-                f"{file}:{number}: expected 5 numbers (class x_centre y_centre width height), found {len(values)}"
-            )
-        if values[0] % 1 or not 0 <= values[0] < classes:
-            raise DataError(
-                f"{file}:{number}: class {fields[0]} but the data yaml names {classes} classes, 0 to {classes - 1}; "
-                "ids start at 0 in YOLO format"
-            )
-        if not all(-_TOLERANCE <= v <= 1 + _TOLERANCE for v in values[1:]) or min(values[3:]) < 0:
-            raise DataError(
-                f"{file}:{number}: coordinates must be parts of the image between 0 and 1, found {line.strip()!r}; "
-                "divide pixels by the image's width and height"
-            )
-        rows.append(values)
+    lines = enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1)
+    rows = [_label_row(line, f"{file}:{number}", classes) for number, line in lines if line.strip()]
     if not rows:
         return np.zeros((0, 5))
     # Ultralytics drops a row that is there twice (compared as 32-bit floats), so it does not count here either.
     _, first = np.unique(np.array(rows, dtype=np.float32), axis=0, return_index=True)
     kept: Floats = np.array(rows, dtype=np.float64)[np.sort(first)]
     return kept
+
+
+def _label_row(line: str, where: str, classes: int) -> list[float]:
+    try:
+        label, *values = map(float, line.split())
+    except ValueError:
+        raise DataError(f"{where}: expected numbers, found {line.strip()!r}") from None
+    if len(values) > 5 and len(values) % 2 == 0:  # an outline: x1 y1 x2 y2 x3 y3 ...
+        left, right, top, bottom = min(values[::2]), max(values[::2]), min(values[1::2]), max(values[1::2])
+        values = [(left + right) / 2, (top + bottom) / 2, right - left, bottom - top]
+    if len(values) != 4:
+        found = len(values) + 1
+        raise DataError(f"{where}: expected 5 numbers (class x_centre y_centre width height), found {found}")
+    if label % 1 or not 0 <= label < classes:
+        raise DataError(
+            f"{where}: class {line.split()[0]} but the data yaml names {classes} classes, 0 to {classes - 1}; "
+            "ids start at 0 in YOLO format"
+        )
+    if not all(-_TOLERANCE <= value <= 1 + _TOLERANCE for value in values) or min(values[2:]) < 0:
+        raise DataError(
+            f"{where}: coordinates must be parts of the image between 0 and 1, found {line.strip()!r}; "
+            "divide pixels by the image's width and height"
+        )
+    return [label, *values]

@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 # The Okabe-Ito palette, told apart with every kind of colour vision; markers tell the lines apart once more.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
-
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-
 
 _LINES = ("-", "--", ":")  # beyond seven curves the colours come again with another line
 

@@ -18,16 +18,12 @@ from fgd_hooks.errors import RunError
 # Settings that name a run or its files, or say what is shown: runs that differ in nothing else are seeds of one arm.
 RUN_KEYS = {"seed", "name", "save_dir", "project", "exist_ok", "resume", "save", "save_period", "workers", "cache"}
 
-
 RUN_KEYS |= {"verbose", "plots", "device"}
-
 
 SHOWN_KEYS = {"fgd.log_interval", "fgd.image_interval"}
 """Settings of the distillation that say what is shown, and change nothing in the training."""
 
-
 MAP, MAP50 = "metrics/mAP50-95(B)", "metrics/mAP50(B)"  # Ultralytics' names, in results.csv too
-
 
 _EVALUATION_KEYS = ("map50_95", "map50", "map_small", "map_medium", "map_large", "per_class")
 
