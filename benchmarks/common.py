@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fgd_hooks.evaluation.reporting import Table
 from fgd_hooks.study.processes import processor
 
 ROOT = Path(__file__).parent.parent
@@ -92,8 +93,5 @@ def save(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
 
 def show(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
     """Print some columns of the rows as a Markdown table."""
-    print(f"\n{title}\n")
-    print("| " + " | ".join(columns) + " |")
-    print("|" + "---|" * len(columns))
-    for row in rows:
-        print("| " + " | ".join(str(row.get(column, "")) for column in columns) + " |", flush=True)
+    table = Table(columns, [[str(row.get(column, "")) for column in columns] for row in rows])
+    print("", title, "", *table.markdown(), sep="\n", flush=True)

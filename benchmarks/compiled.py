@@ -8,16 +8,11 @@ this one out unless asked (``--only compiled``).
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.common import interleave, save, show, summary
 from benchmarks.models import yolo, yolo_batch

@@ -8,16 +8,12 @@ three levels of 40, 20 and 10 cells squared; one quantity is changed at a time. 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.common import ROOT, interleave, peak_bytes, save, show, summary
 from fgd_hooks.losses.fgd import FGDLoss

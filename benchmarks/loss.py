@@ -20,10 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from benchmarks.common import machine
+from benchmarks.common import ROOT, machine
 from benchmarks.reference_loss import ReferenceFGD
 from fgd_hooks.losses.fgd import FGDLoss
 from fgd_hooks.masks import PackedBoxes
@@ -178,8 +175,9 @@ def measure_memory(size: int, device: str) -> dict[str, float]:
     """Peak memory of both implementations, each in a process of its own."""
     peaks = {}
     for which in ("fgd_hooks", "reference"):
-        command = [sys.executable, __file__, "--peak", which, "--size", str(size), "--device", device]
-        peaks[which] = round(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout), 3)
+        command = [sys.executable, "-m", "benchmarks.loss", "--peak", which, "--size", str(size), "--device", device]
+        printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        peaks[which] = round(float(printed), 3)
     return peaks
 
 

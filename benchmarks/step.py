@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +21,6 @@ from typing import Any
 
 import torch
 from torch import nn
-
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.common import interleave, save, show, summary
 from benchmarks.models import retinanet, save_yolo, yolo, yolo_batch

@@ -9,16 +9,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.common import interleave, peak_bytes, save, show, summary
 from benchmarks.models import yolo, yolo_batch

@@ -128,11 +128,7 @@ def evaluate(
 
 
 def _some_images(truth: EvalData, limit: int | None) -> EvalData:
-    """At most ``limit`` images, evenly spread.
-
-    Raises:
-        DataError: the limit is below 1, or none of these images has a box.
-    """
+    """At most ``limit`` images, evenly spread, one of them with a box."""
     count = len(truth.images)
     if limit is None or limit >= count:
         return truth
@@ -208,11 +204,7 @@ def _load(file: str) -> Any:
 
 
 def _class_map(truth: EvalData, names: dict[int, str], match: Match) -> dict[int, int]:
-    """Class index of the data -> class index of the model.
-
-    Raises:
-        DataError: their numbers or names differ.
-    """
+    """Class index of the data -> class index of the model."""
     if match not in ("name", "order"):
         raise DataError(f"match must be 'name' or 'order', got {match!r}")
     ours, ids, theirs = list(truth.names), sorted(names), [names[key] for key in sorted(names)]
@@ -246,14 +238,10 @@ def _detect(
     folder: Path,
     arguments: dict[str, Any],
 ) -> tuple[list[Floats], tuple[float, float], int]:
-    """Run Ultralytics' validator over the images and keep what it detects.
+    """What Ultralytics' validator detects, one array per image as `coco_metrics` takes them, its mAP, the input size.
 
     The images are linked into ``folder`` beside labels written anew, so that both formats go the same way and nothing
     (labels cache, results) is written into the user's folders.
-
-    Returns:
-        One (n, 6) array per image as `coco_metrics` takes them, Ultralytics' own mAP50-95 and mAP50, and
-        the input size.
     """
     own = getattr(yolo.model, "yaml", None) or {}
     yaml_file, position = linked_copy(truth, to_model, names, folder, int(own.get("channels") or 3))

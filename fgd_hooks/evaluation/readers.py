@@ -174,11 +174,7 @@ def _yolo_names(file: Path, content: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _split_paths(file: Path, content: dict[str, Any], split: str) -> list[Path]:
-    """Existing folders or files of a split.
-
-    A relative ``path`` is looked for beside the yaml first, then in the working folder, then in Ultralytics' folder
-    of data sets, so that `path: .` means the same from everywhere.
-    """
+    """Existing folders or files of a split; `path` counts from the yaml, the working folder, Ultralytics' data sets."""
     entries = content[split] if isinstance(content[split], list) else [content[split]]
     root = Path(str(content.get("path") or ""))
     bases = []
