@@ -21,7 +21,7 @@ from fgd_hooks import fit_channels, inherit_channels
 from fgd_hooks.evaluation.dataset import load_letterboxed
 from fgd_hooks.evaluation.evaluate import evaluate
 from fgd_hooks.evaluation.readers import read_data
-from fgd_hooks.initialization.report import Reconstruction
+from fgd_hooks.initialization.report import InitializationReport
 from fgd_hooks.integrations.ultralytics.teacher import load_teacher
 from fgd_hooks.study.worker import model_file
 
@@ -58,7 +58,7 @@ def main() -> None:
             model = student(options, teacher, folder)
             inherited = inherit_channels(model.model, teacher)
             chosen = files[:: max(1, len(files) // max(1, count))][:count]
-            fitted, seconds = Reconstruction({}, {}), 0.0
+            fitted, seconds = InitializationReport(), 0.0
             if chosen:
                 images = torch.stack([load_letterboxed(file, options.imgsz, options.imgsz)[0] for file in chosen])
                 begin = time.process_time()

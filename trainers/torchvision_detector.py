@@ -35,8 +35,8 @@ from fgd_hooks import FGDConfig, load_config
 from fgd_hooks.config import save_config
 from fgd_hooks.diagnostics import tensorboard as monitor
 from fgd_hooks.evaluation.runs import MAP, MAP50
-from fgd_hooks.initialization.initialize import begin
-from fgd_hooks.initialization.report import Inheritance
+from fgd_hooks.initialization.initialize import initialize
+from fgd_hooks.initialization.report import InitializationReport
 from fgd_hooks.integrations.torchvision import TorchvisionDistiller
 from fgd_hooks.utils.preserve import RandomState
 
@@ -104,7 +104,7 @@ class Training:
             monitor.write_layout(self.writer, distiller.level_names)
         return distiller
 
-    def inherit(self, teacher: nn.Module, config: FGDConfig) -> Inheritance | None:
+    def inherit(self, teacher: nn.Module, config: FGDConfig) -> InitializationReport | None:
         """Do what the setting ``inherit`` says."""
 
         def first_batch() -> list[Tensor]:
@@ -114,7 +114,7 @@ class Training:
             finally:
                 state.restore()
 
-        return begin(self.model, teacher, config.inherit, images=first_batch)
+        return initialize(self.model, teacher, config.inherit, images=first_batch)
 
     def factor(self, step: int) -> float:
         """What the learning rates are multiplied by in a step."""

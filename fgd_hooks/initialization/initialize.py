@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from fgd_hooks.initialization.inherit import Parts, inherit
+from fgd_hooks.initialization.inherit import inherit
+from fgd_hooks.initialization.neck_head import Parts
 from fgd_hooks.initialization.reconstruction import fit_channels
-from fgd_hooks.initialization.report import Inheritance, Reconstruction
+from fgd_hooks.initialization.report import InitializationReport
 from fgd_hooks.initialization.weight_selection import inherit_channels, is_untrained
 from fgd_hooks.utils.distributed import on_any_process
 from fgd_hooks.utils.modules import unwrap
@@ -19,15 +20,15 @@ LEAST = 0.9
 """Share of the student's parameters that "auto" must be able to replace."""
 
 
-def begin(
+def initialize(
     student: nn.Module,
     teacher: nn.Module,
     what: str | None,
     parts: Parts | None = None,
     teacher_parts: Parts | None = None,
     images: Callable[[], Any] | None = None,
-) -> Inheritance | None:
-    """Do what the setting ``inherit`` says, before a training begins; None where that is nothing.
+) -> InitializationReport | None:
+    """Initialise the student from its teacher as the setting ``inherit`` says; None where that is not at all.
 
     Args:
         student: the model that is changed.
@@ -35,7 +36,7 @@ def begin(
         what: None or "" (nothing); "channels": :func:`fgd_hooks.inherit_channels`; "fitted": the same, then
             :func:`fgd_hooks.fit_channels`; "auto": as "fitted", if the student has not been trained yet and nine tenths
             of its parameters or more are replaced, as "channels" where there are no images or the models cannot be run
-            on them; "neck", "head" or "neck+head".
+            on them; "neck", "head" or "neck+head": :func:`fgd_hooks.inherit`.
         parts: the student's modules of each of these parts; None: found by a probe.
         teacher_parts: the teacher's.
         images: gives what the layers are fitted to; whatever it raises is a ValueError here.
@@ -44,23 +45,23 @@ def begin(
         TeacherError, TapError, ValueError: "fitted" without images, or where there are none to be had; see
             :func:`fgd_hooks.inherit_channels`, :func:`fgd_hooks.fit_channels` and :func:`fgd_hooks.inherit`.
     """
-    if not what or (what == "auto" and not is_untrained(unwrap(student))):
+    automatic = what == "auto"
+    if not what or (automatic and not is_untrained(unwrap(student))):
         return None
-    if what in ("auto", "channels", "fitted"):
-        automatic = what == "auto"
-        if what == "fitted" and images is None:
-            raise ValueError("inherit='fitted' needs images to fit to; give begin() a function that returns them.")
-        result = inherit_channels(student, teacher, least=LEAST if automatic else 0.0)
-        if what == "channels" or images is None or not result.copied:
-            return result
-        try:
-            fitted = fit_channels(student, teacher, _called(images, student))
-        except ValueError as error:
-            if not automatic:
-                raise
-            fitted = Reconstruction({}, {"all": str(error)})
-        return dataclasses.replace(result, fitted=fitted)
-    return inherit(student, teacher, parts or what, teacher_parts=teacher_parts)
+    if what not in ("auto", "channels", "fitted"):
+        return inherit(student, teacher, parts or what, teacher_parts=teacher_parts)
+    if what == "fitted" and images is None:
+        raise ValueError("inherit='fitted' needs images to fit to; give initialize() a function that returns them.")
+    report = inherit_channels(student, teacher, least=LEAST if automatic else 0.0)
+    if what == "channels" or images is None or not report.copied:
+        return report
+    try:
+        fit = fit_channels(student, teacher, _called(images, student))
+        return dataclasses.replace(report, fitted=fit.fitted, unfitted=fit.unfitted)
+    except ValueError as error:
+        if not automatic:
+            raise
+        return dataclasses.replace(report, fitted={}, unfitted={"all": str(error)})
 
 
 def _called(images: Callable[[], Any], student: nn.Module) -> Any:

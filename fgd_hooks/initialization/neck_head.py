@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,8 +11,11 @@ from fgd_hooks.taps.levels import collection, find_levels, observe, probe_input
 from fgd_hooks.taps.tap import Tap
 from fgd_hooks.utils.modules import own_tensors, unwrap
 from fgd_hooks.utils.preserve import preserve
+from fgd_hooks.utils.registry import suggestion
 
 PARTS = ("neck", "head")
+Parts = Mapping[str, Sequence[str]]
+"""The names of the modules of each part."""
 
 
 def find_parts(model: nn.Module, *, example: Any = None, role: str = "model") -> dict[str, list[str]]:
@@ -39,9 +42,7 @@ def find_parts(model: nn.Module, *, example: Any = None, role: str = "model") ->
     taps = {level.tap for level in find_levels(model, example=example, role=role)}
     weighted = {name for name, module in model.named_modules() if own_tensors(module)}
     calls: dict[str, int] = {}  # how many modules with weights had begun before this one
-    made: dict[
-        int, tuple[int, Tensor]
-    ] = {}  # the same for each map; with it, as an id is reused when its owner is gone
+    made: dict[int, tuple[int, Tensor]] = {}  # the same for each map; with it, as ids of what is gone are reused
     first: list[Tensor] = []
     levels: dict[Tap, Tensor] = {}
 
@@ -63,11 +64,38 @@ def find_parts(model: nn.Module, *, example: Any = None, role: str = "model") ->
     begin, end = (max(made[id(item)][0] for item in maps) for maps in (first, levels.values()))
     neck = {name for name, number in calls.items() if begin <= number < end}
     head = {name for name, number in calls.items() if number >= end}
-    backbone = calls.keys() - neck - head
-    return {
-        "neck": list(_largest(model, neck, backbone | head)),
-        "head": list(_largest(model, head, backbone | neck)),
-    }
+    found = zip(PARTS, (neck, head), strict=True)
+    return {part: list(_largest(model, members, calls.keys() - members)) for part, members in found}
+
+
+def named_parts(model: nn.Module, parts: str | Parts, example: Any, role: str) -> dict[str, list[str]]:
+    """The modules of each part that is asked for: "neck", "head" or "neck+head", by a probe, or as they are named.
+
+    Raises:
+        TapError: no feature levels were found.
+        ValueError: an unknown part or module, or a part that cannot be found.
+    """
+    wanted = parts.split("+") if isinstance(parts, str) else list(parts) if isinstance(parts, Mapping) else []
+    if not wanted or (isinstance(parts, str) and (len(set(wanted)) < len(wanted) or not set(wanted) <= set(PARTS))):
+        raise ValueError(f"parts is {parts!r}; expected 'neck', 'head', 'neck+head' or the modules of each part.")
+    if isinstance(parts, str):
+        found = find_parts(model, example=example, role=role)
+        for part in wanted:
+            if not found[part]:
+                raise ValueError(
+                    f"No {part} was found in the {role} ({type(model).__name__}): no module with weights runs "
+                    + ("between the backbone's maps and the levels" if part == "neck" else "after the levels")
+                    + ". Name the modules, for example parts={'neck': ['backbone.fpn'], 'head': ['head']}."
+                )
+        return {part: found[part] for part in wanted}
+    known = [name for name, _ in model.named_modules()]
+    for part, names in parts.items():
+        if isinstance(names, str) or not names:
+            raise ValueError(f"The modules of the part {part!r} are {names!r}; expected a list of at least one name.")
+        for name in names:
+            if name not in known:
+                raise ValueError(f"The {role} has no module {name!r} (part {part!r}). {suggestion(name, known[1:])}")
+    return {part: list(names) for part, names in parts.items()}
 
 
 def _largest(model: nn.Module, members: set[str], others: set[str], name: str = "") -> Iterator[str]:

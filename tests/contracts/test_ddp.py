@@ -160,7 +160,7 @@ def fit(rank, folder):
     """Fit with a failure of the second process, in the models and in the images, and once without any."""
     import torch.distributed as dist
 
-    from fgd_hooks.initialization.initialize import begin
+    from fgd_hooks.initialization.initialize import initialize
     from tests.helpers.tiny import trained
     from tests.initialization.test_reconstruction import some_images
     from tests.initialization.test_weight_selection import net
@@ -176,7 +176,7 @@ def fit(rank, folder):
         def images(broken=failing == "images" and rank == 1):
             return 1 / 0 if broken else some_images(seed=rank)
 
-        result = begin(student, teacher, "auto", images=images)
+        result = initialize(student, teacher, "auto", images=images)
         found[failing] = {"words": result.summary, "weights": dict(student.state_dict())}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

@@ -115,7 +115,7 @@ def test_order_skips_modules_without_weights_and_needs_equal_numbers():
     result = inherit(student, Blocks(4, 6), mine, teacher_parts={"neck": ["neck.0"]})
     assert not result.copied
     assert set(result.kept) == set(before), "auto: no error, but every tensor with the reason"
-    assert "nothing of the neck was inherited" in result.summary
+    assert "nothing of the neck was initialised from the teacher" in result.summary
     assert not changed(student, before)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fgd_hooks import fit_channels, inherit_channels
 from fgd_hooks.errors import TeacherError
 from fgd_hooks.initialization import reconstruction
-from fgd_hooks.initialization.initialize import begin
+from fgd_hooks.initialization.initialize import initialize
 from fgd_hooks.utils.linalg import RIDGE, evenly_spaced
 from tests.helpers.tiny import TinyDetector, trained
 from tests.initialization.test_weight_selection import Net, net, widened
@@ -102,8 +102,8 @@ def test_a_layer_is_the_least_squares_solution(shape, depthwise):
     start = student[1].weight.clone()
     images = some_images()
     result = fit_channels(student, teacher, images)
-    assert set(result.explained) == {"1"}
-    assert "nothing" not in result.kept["0"]
+    assert set(result.fitted) == {"1"}
+    assert "nothing" not in result.unfitted["0"]
     taken = evenly_spaced(4, 8)
     expected = reference(student[1], start, outputs(student, "0", images), outputs(teacher, "1", images)[:, taken])
     assert torch.allclose(student[1].weight.double(), as_long_as(start, expected), rtol=1e-3, atol=1e-5)
@@ -135,7 +135,7 @@ def test_the_fitted_student_gives_what_the_teacher_gives_more_nearly():
     copied = copy.deepcopy(student)
     images, others = some_images(16), some_images(8, seed=9)
     result = fit_channels(student, teacher, images)
-    assert not result.kept
+    assert not result.unfitted
     for name in ("mix.1", "last"):
         taken = evenly_spaced(outputs(student, name, others).shape[1], outputs(teacher, name, others).shape[1])
         aim = outputs(teacher, name, others)[:, taken]
@@ -174,9 +174,9 @@ def test_the_share_explained_is_that_of_the_variance():
     result = fit_channels(student, teacher, images)
     mine, theirs = outputs(student, "left.0", images).double(), outputs(teacher, "left.0", images)[:, ::2].double()
     left = (theirs - mine).var((0, 2, 3)) / theirs.var((0, 2, 3))
-    assert result.explained["left.0"] == pytest.approx(1 - left.mean().item(), abs=1e-4)
+    assert result.fitted["left.0"] == pytest.approx(1 - left.mean().item(), abs=1e-4)
     assert "5 of 5 convolutions were fitted" in result.summary
-    assert "left.0: 100%" in str(result) or f"left.0: {result.explained['left.0']:.0%}" in str(result)
+    assert "left.0: 100%" in str(result) or f"left.0: {result.fitted['left.0']:.0%}" in str(result)
 
 
 def test_weights_that_lead_astray_are_no_worse_than_none():
@@ -185,7 +185,7 @@ def test_weights_that_lead_astray_are_no_worse_than_none():
         for parameter in student.parameters():
             parameter.mul_(-100)
     result = fit_channels(student, teacher, some_images())
-    assert all(0 <= share <= 1 for share in result.explained.values())
+    assert all(0 <= share <= 1 for share in result.fitted.values())
 
 
 def test_a_thinned_student_that_repeats_its_teacher_exactly_stays_so():
@@ -235,7 +235,7 @@ def test_layers_that_cannot_be_fitted_stay_and_the_report_says_why():
     student, teacher = Odd(4), Odd(4, kernel=5, wide=6)
     before = copy.deepcopy(student.state_dict())
     result = fit_channels(student, teacher, some_images())
-    assert set(result.explained) == {"first"}
+    assert set(result.fitted) == {"first"}
     words = {
         "twice": "not once",
         "never": "not once",
@@ -247,7 +247,7 @@ def test_layers_that_cannot_be_fitted_stay_and_the_report_says_why():
         "head": "no channels",
     }
     for name, word in words.items():
-        assert word in result.kept[name]
+        assert word in result.unfitted[name]
         assert f"{name} kept: " in str(result)
         assert torch.equal(student.state_dict()[f"{name}.weight"], before[f"{name}.weight"])
     nothing = fit_channels(nn.Sequential(nn.Linear(3, 3)), nn.Sequential(nn.Linear(3, 3)), torch.zeros(1, 3))
@@ -276,8 +276,8 @@ def test_features_that_are_not_finite_change_nothing():
     before = copy.deepcopy(student.state_dict())
     result = fit_channels(student, teacher, torch.full((1, 3, 8, 8), torch.nan))
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
-    assert not result.explained
-    assert "finite" in result.kept["left.0"]
+    assert not result.fitted
+    assert "finite" in result.unfitted["left.0"]
 
 
 def test_channels_that_are_the_same_everywhere_keep_the_copy():
@@ -286,7 +286,7 @@ def test_channels_that_are_the_same_everywhere_keep_the_copy():
     result = fit_channels(student, teacher, torch.zeros(1, 3, 4, 4))
     for name in ("left.0", "right.0"):  # they meet nothing but zeros
         assert torch.equal(student.state_dict()[f"{name}.weight"], before[f"{name}.weight"])
-        assert "constant" in result.kept[name]
+        assert "constant" in result.unfitted[name]
     assert all(value.isfinite().all() for value in student.state_dict().values())
 
 
@@ -311,7 +311,7 @@ def test_a_channel_that_is_dead_on_these_images_keeps_the_copy():
     scale = (before["4.weight"].flatten(1).norm(dim=1) > 0).sum()
     assert scale == 4, "the copy's weights are not 0"
     assert aim[:, dead].std() == mine[:, dead].std() == 0
-    assert 0 < result.explained["4"] <= 1, "of the living channels alone"
+    assert 0 < result.fitted["4"] <= 1, "of the living channels alone"
 
 
 def test_one_cell_that_is_not_finite_harms_nothing(monkeypatch):
@@ -347,7 +347,7 @@ def test_without_a_bias_or_statistics_of_its_own_a_layer_is_fitted_with_its_mean
     expected = reference(student[2], start, outputs(student, "1", images), aim, centred=False)
     assert torch.allclose(student[2].weight.double(), expected, rtol=1e-3, atol=1e-5)
     left = (aim - outputs(student, "2", images)).square().mean((0, 2, 3)) / aim.square().mean((0, 2, 3))
-    assert result.explained["2"] == pytest.approx(1 - left.mean().item(), abs=1e-4)
+    assert result.fitted["2"] == pytest.approx(1 - left.mean().item(), abs=1e-4)
 
 
 def test_large_maps_are_summed_up_in_parts(monkeypatch):
@@ -380,9 +380,9 @@ def test_layers_that_run_on_pieces_of_images_stay():
         inherit_channels(student, teacher)
         before = student.head.weight.clone()
         result = fit_channels(student, teacher, images)
-        assert set(result.explained) == {"backbone.0"}
+        assert set(result.fitted) == {"backbone.0"}
         assert torch.equal(student.head.weight, before)
-        assert "pieces of images" in result.kept["head"]
+        assert "pieces of images" in result.unfitted["head"]
 
 
 def test_wrong_arguments():
@@ -405,39 +405,39 @@ def test_by_the_setting():
     teacher = trained(net(4, seed=1)).eval()
     by_hand, by_setting = net(2), net(2)
     inherit_channels(by_hand, teacher)
-    fit_channels(by_hand, teacher, some_images())
-    result = begin(by_setting, teacher, "fitted", images=some_images)
+    fit = fit_channels(by_hand, teacher, some_images())
+    result = initialize(by_setting, teacher, "fitted", images=some_images)
     assert result is not None
-    assert result.fitted is not None
-    assert result.fitted.summary in result.summary
-    assert str(result.fitted) in str(result)
+    assert result.fitted == fit.fitted
+    assert fit.summary in result.summary
+    assert set(str(fit).splitlines()[1:]) <= set(str(result).splitlines())
     for name, value in by_setting.state_dict().items():
         assert torch.equal(value, by_hand.state_dict()[name])
     with pytest.raises(ValueError, match="needs images"):
-        begin(net(2), teacher, "fitted")
+        initialize(net(2), teacher, "fitted")
     automatic = net(2)
-    assert begin(automatic, teacher, "auto", images=some_images) is not None
+    assert initialize(automatic, teacher, "auto", images=some_images) is not None
     assert torch.equal(automatic.mix[0].weight, by_hand.mix[0].weight)
     copied = net(2)
-    begin(copied, teacher, "channels", images=some_images)
+    initialize(copied, teacher, "channels", images=some_images)
     for images, words in ((None, ""), (lambda: "no images", "cannot be run on the images")):
         automatic = net(2)
-        result = begin(automatic, teacher, "auto", images=images)
+        result = initialize(automatic, teacher, "auto", images=images)
         assert result is not None
         assert torch.equal(automatic.mix[0].weight, copied.mix[0].weight), "the copy alone"
         assert words in result.summary
     with pytest.raises(ValueError, match="cannot be run on the images"):
-        begin(net(2), teacher, "fitted", images=lambda: "no images")
+        initialize(net(2), teacher, "fitted", images=lambda: "no images")
     for broken in (lambda: next(iter([])), lambda: {}["img"]):
         automatic = net(2)
-        result = begin(automatic, teacher, "auto", images=broken)
+        result = initialize(automatic, teacher, "auto", images=broken)
         assert result is not None
         assert "no images to fit" in result.summary
         assert torch.equal(automatic.mix[0].weight, copied.mix[0].weight), "the copy alone"
     with pytest.raises(ValueError, match=r"no images to fit the student's layers to \(KeyError: 'img'\)"):
-        begin(net(2), teacher, "fitted", images=lambda: {}["img"])
-    other = begin(TinyDetector(), nn.Sequential(nn.Linear(2, 2)), "fitted", images=some_images)
-    assert other is not None, "nothing was inherited, so that there is nothing to fit"
+        initialize(net(2), teacher, "fitted", images=lambda: {}["img"])
+    other = initialize(TinyDetector(), nn.Sequential(nn.Linear(2, 2)), "fitted", images=some_images)
+    assert other is not None, "nothing was copied, so that there is nothing to fit"
     assert other.fitted is None
 
 

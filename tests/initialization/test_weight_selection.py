@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from fgd_hooks.errors import TeacherError
-from fgd_hooks.initialization.initialize import begin
+from fgd_hooks.initialization.initialize import initialize
 from fgd_hooks.initialization.weight_selection import inherit_channels, is_untrained
 from fgd_hooks.utils.linalg import evenly_spaced
 from tests.helpers.tiny import TinyDetector, block, trained
@@ -75,7 +75,7 @@ def test_each_layer_takes_evenly_spaced_channels_with_their_statistics():
     assert set(result.copied) == set(mine)
     assert result.kept == {}
     assert result.parameters == result.of == sum(p.numel() for p in student.parameters())
-    assert "of the network were inherited" in result.summary
+    assert "of the network were initialised from the teacher" in result.summary
 
 
 @pytest.mark.parametrize("by", [1, 2, 3])
@@ -179,20 +179,20 @@ def test_untrained_is_what_no_batch_normalisation_has_seen():
 
 def test_what_the_setting_says():
     teacher = trained(TinyDetector((8, 12, 16)))
-    assert begin(TinyDetector((4, 6, 8)), teacher, "") is None
-    kept = begin(TinyDetector((4, 6, 8)), teacher, "auto")
+    assert initialize(TinyDetector((4, 6, 8)), teacher, "") is None
+    kept = initialize(TinyDetector((4, 6, 8)), teacher, "auto")
     assert kept is not None
     assert kept.parameters == 0, "most of its layers have no normalisation, so that less than nine tenths fit"
-    some = begin(TinyDetector((4, 6, 8)), teacher, "channels")
+    some = initialize(TinyDetector((4, 6, 8)), teacher, "channels")
     assert some is not None
     assert 0 < some.parameters < some.of
     seen = trained(net(2))
-    assert begin(seen, trained(net(4, seed=1)), "auto") is None, "a student with weights of its own keeps them"
-    assert begin(seen, trained(net(4, seed=1)), "channels")
-    fresh = begin(net(2), trained(net(4, seed=1)), "auto")
+    assert initialize(seen, trained(net(4, seed=1)), "auto") is None, "a student with weights of its own keeps them"
+    assert initialize(seen, trained(net(4, seed=1)), "channels")
+    fresh = initialize(net(2), trained(net(4, seed=1)), "auto")
     assert fresh is not None
     assert fresh.parameters == fresh.of
-    neck = begin(TinyDetector((8, 12, 16)), teacher, "neck")
+    neck = initialize(TinyDetector((8, 12, 16)), teacher, "neck")
     assert neck is not None
     assert set(neck.modules) == {"neck"}
 

@@ -1,4 +1,4 @@
-"""The inheriting strategy in an Ultralytics training: model, optimizer and EMA exist already, so it copies in place."""
+"""Where the student of an Ultralytics training begins: model, optimizer and EMA exist, so it copies in place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fgd_hooks.initialization.initialize import begin
+from fgd_hooks.initialization.initialize import initialize
 from fgd_hooks.initialization.neck_head import find_parts
 from fgd_hooks.initialization.weight_selection import is_untrained
 from fgd_hooks.utils.modules import unwrap
@@ -39,7 +39,7 @@ def yolo_parts(model: nn.Module) -> dict[str, list[str]]:
 
 
 def inherit_into(trainer: Any, teacher: nn.Module, what: str | None) -> tuple[str, bool]:
-    """Copy the teacher's weights into the model of a trainer and into its EMA, on each rank alike.
+    """Initialise the model of a trainer and its EMA from the teacher, on each rank alike.
 
     The optimizer holds the same parameters, and no moments yet. Between models whose levels differ (P2, P6) nothing is
     copied: their layers of one name serve different levels.
@@ -47,7 +47,7 @@ def inherit_into(trainer: Any, teacher: nn.Module, what: str | None) -> tuple[st
     Args:
         trainer: at ``on_pretrain_routine_end``, not resuming.
         teacher: with its batch normalisations, not fused.
-        what: the setting ``inherit``, see :func:`fgd_hooks.initialization.initialize.begin`.
+        what: the setting ``inherit``, see :func:`fgd_hooks.initialization.initialize.initialize`.
 
     Returns:
         One line on what was copied (empty where nothing was to be), and whether that is what was asked for.
@@ -59,32 +59,28 @@ def inherit_into(trainer: Any, teacher: nn.Module, what: str | None) -> tuple[st
     automatic = what == "auto"
     if not what or (automatic and not is_untrained(student)):
         return "", True
-    nothing = f"inherit={what}: nothing was inherited"
-    strides = [_strides(model) for model in (student, teacher)]
-    if None not in strides and strides[0] != strides[1]:
-        return f"{nothing}: the student's levels have the strides {strides[0]}, the teacher's {strides[1]}.", automatic
-    parts: list[dict[str, list[str]] | None] = [None, None]
+    nothing = f"inherit={what}: nothing was initialised from the teacher"
+    mine, theirs = (_strides(model) for model in (student, teacher))
+    if mine and theirs and mine != theirs:
+        return f"{nothing}: the student's levels have the strides {mine}, the teacher's {theirs}.", automatic
+    parts: list[dict[str, list[str]]] | tuple[None, None] = (None, None)
     if what not in ("auto", "channels", "fitted"):
-        found = [{part: yolo_parts(model)[part] for part in what.split("+")} for model in (student, teacher)]
-        if missing := [part for part, modules in found[1].items() if not modules]:
+        parts = [{part: yolo_parts(model)[part] for part in what.split("+")} for model in (student, teacher)]
+        if missing := [part for part, modules in parts[1].items() if not modules]:
             return f"{nothing}: no {missing[0]} was found in the teacher ({type(teacher).__name__}).", False
-        parts = [*found]
 
     def images() -> Tensor:
         teacher.to(trainer.device)  # where it is to teach, too
         return some_images(trainer)
 
     with _lent_texts(student, teacher):
-        result = begin(student, teacher, what, parts[0], parts[1], images)
-    if result is None:
+        report = initialize(student, teacher, what, parts[0], parts[1], images)
+    if report is None:
         return "", True
     if trainer.ema:
-        values, averaged = student.state_dict(), unwrap(trainer.ema.ema).state_dict()
-        with torch.no_grad():
-            for name, value in values.items():
-                averaged[name].copy_(value)
-    unfitted = result.fitted is not None and not result.fitted.explained
-    return f"inherit={what}: {result.summary}.", (automatic or bool(result.copied)) and not unfitted
+        unwrap(trainer.ema.ema).load_state_dict(student.state_dict())
+    unfitted = report.fitted is not None and not report.fitted
+    return f"inherit={what}: {report.summary}.", (automatic or bool(report.copied)) and not unfitted
 
 
 def some_images(trainer: Any) -> Tensor:
@@ -119,16 +115,16 @@ def some_images(trainer: Any) -> Tensor:
 def _lent_texts(student: Any, teacher: Any) -> Iterator[None]:
     """Inside, a YOLO-World student has its teacher's texts instead of the random ones of an untrained model."""
     own, lent = getattr(student, "txt_feats", None), getattr(teacher, "txt_feats", None)
-    if own is None or lent is None:
-        yield
-        return
-    student.txt_feats = lent
+    both = own is not None and lent is not None
     try:
+        if both:
+            student.txt_feats = lent
         yield
     finally:
-        student.txt_feats = own
+        if both:
+            student.txt_feats = own
 
 
-def _strides(model: nn.Module) -> list[int] | None:
+def _strides(model: nn.Module) -> list[int]:
     stride = getattr(model, "stride", None)
-    return [int(each) for each in stride] if isinstance(stride, torch.Tensor) else None
+    return [int(each) for each in stride] if isinstance(stride, Tensor) else []

@@ -73,7 +73,7 @@ def test_command_on_the_users_own_data(teacher_file, student_yaml, data, tmp_pat
     assert set(status.values()) == {"green"}, out
     assert len(status) == 13
     start = next(finding["found"] for finding in report["findings"] if finding["name"] == "start")
-    assert "parameters of the network were inherited" in start
+    assert "parameters of the network were initialised from the teacher" in start
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
     assert teacher_file.read_bytes() == weights
 
@@ -134,7 +134,7 @@ def test_an_untrained_teacher(diagnosed, student_yaml, data, tmp_path):
 def test_where_the_student_begins(diagnosed, teacher_file):
     for overrides, model, status, words in (
         (["inherit="], None, "green", "the weights that it has"),
-        (["inherit=neck"], None, "yellow", "nothing of the neck was inherited"),
+        (["inherit=neck"], None, "yellow", "nothing of the neck was initialised from the teacher"),
         (["inherit=auto"], teacher_file.with_name("best.pt"), "green", "the weights that it has"),
     ):
         report = diagnosed(*overrides, **({"model": model} if model else {}))

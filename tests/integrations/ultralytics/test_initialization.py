@@ -10,7 +10,7 @@ from fgd_hooks import FGDCallback, fit_channels
 from fgd_hooks.errors import ConfigError
 from fgd_hooks.initialization.inherit import inherit
 from fgd_hooks.initialization.weight_selection import inherit_channels
-from fgd_hooks.integrations.ultralytics import initialization as ultralytics_inherit
+from fgd_hooks.integrations.ultralytics import initialization as hosted
 from fgd_hooks.integrations.ultralytics.initialization import inherit_into, some_images, yolo_parts
 from fgd_hooks.integrations.ultralytics.teacher import load_teacher
 from fgd_hooks.study.quickstart_train import BatchChecksum
@@ -107,7 +107,7 @@ def test_a_student_of_another_width_is_told_and_trains(train, teacher_file, log)
     yolo = train(FGDCallback(teacher_file, inherit="neck"))
     (record,) = [record for record in log.records if "inherit=" in record.getMessage()]
     assert record.levelno == logging.WARNING
-    assert "nothing of the neck was inherited" in record.getMessage()
+    assert "nothing of the neck was initialised from the teacher" in record.getMessage()
     assert yolo.trainer.epoch == 0
     assert yolo.trainer.last.is_file()
 
@@ -215,7 +215,7 @@ def test_the_images_are_what_the_trainer_makes_of_them_and_no_generator_of_a_gpu
         monkeypatch.setattr(kind, "preprocess_batch", lambda self, batch: batch["texts"])
         assert torch.equal(some_images(trainer), plain), "its batches hold what these do not"
         monkeypatch.undo()
-        monkeypatch.setattr(ultralytics_inherit, "MOST_PIXELS", 2**12)
+        monkeypatch.setattr(hosted, "MOST_PIXELS", 2**12)
         for trainer.batch_size, trainer.world_size, images in ((8, 0, 8), (8, 1, 8), (8, 4, 2)):
             assert len(some_images(trainer)) == images, "a batch of one process"
         trainer.args.multi_scale = 0.5
@@ -232,7 +232,7 @@ def test_where_nothing_could_be_fitted_the_log_warns(train, teacher_file, monkey
     def fail(trainer):
         raise RuntimeError("no such image")
 
-    monkeypatch.setattr(ultralytics_inherit, "some_images", fail)
+    monkeypatch.setattr(hosted, "some_images", fail)
     train(FGDCallback(teacher_file))
     (record,) = [record for record in log.records if "inherit=" in record.getMessage()]
     assert record.levelno == logging.WARNING
@@ -243,11 +243,11 @@ def test_where_nothing_could_be_fitted_the_log_warns(train, teacher_file, monkey
 def test_a_student_that_reads_texts_is_fitted_with_those_of_its_teacher():
     student, teacher = TinyDetector(), TinyDetector()
     student.txt_feats, teacher.txt_feats = own, given = torch.zeros(1, 2, 4), torch.ones(1, 3, 4)
-    with pytest.raises(Stop), ultralytics_inherit._lent_texts(student, teacher):
+    with pytest.raises(Stop), hosted._lent_texts(student, teacher):
         assert student.txt_feats is given
         raise Stop
     assert student.txt_feats is own
-    with ultralytics_inherit._lent_texts(TinyDetector(), teacher) as nothing:
+    with hosted._lent_texts(TinyDetector(), teacher) as nothing:
         assert nothing is None
 
 
@@ -288,7 +288,7 @@ def test_families_with_other_numbers_of_layers_pair_in_order(tmp_path):
     for mine, theirs in (("model.16.conv.weight", "model.17.conv.weight"), ("model.22.cv2.0.0.conv.weight",) * 2):
         theirs = theirs.replace("model.22.", "model.23.")
         assert torch.equal(student.state_dict()[mine], teacher.state_dict()[theirs]), mine
-    assert "were inherited" in line
+    assert "were initialised from the teacher" in line
 
 
 def test_a_shallower_student_takes_what_fits(tmp_path):
