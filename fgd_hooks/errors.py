@@ -86,6 +86,7 @@ EXTRAS = {
     "cloudpickle": "ultralytics",
     "cv2": "ultralytics",
     "torchvision": "torchvision",
+    "safetensors": "torchvision",  # ultralytics brings it as well; this is the smaller one
     "timm": "timm",
     "numpy": "eval",
     "PIL": "eval",

@@ -56,7 +56,7 @@ def write_metrics(metrics: CocoMetrics, split: str, folder: Path) -> None:
 
 
 def save_state(parts: Mapping[str, Any], rows: Sequence[Row], distiller: Distiller | None, folder: Path) -> None:
-    """What resuming needs: ``last.pt``, which knows nothing of a teacher, and ``last.fgd.pt`` with the distiller's.
+    """What resuming needs: ``last.pt``, which knows nothing of a teacher, and beside it a file with the distiller's.
 
     Args:
         parts: name to what has a ``state_dict``; those of the distiller begin with ``fgd.``.

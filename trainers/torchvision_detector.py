@@ -4,8 +4,9 @@
     torchrun --standalone --nproc-per-node 8 trainers/torchvision_detector.py configs/SETTINGS.yaml
 
 The keys are those of ``detector_settings.py``. The run's folder gets ``last.pt`` (to resume), ``model.pt`` and
-``best.pt`` (stock state_dicts), ``last.fgd.pt`` (what the distillation adds), TensorBoard's events, ``results.csv`` and
-``eval-*.json``, which ``fgd compare`` reads. ``train=teacher`` trains the teacher, ``train=alone`` without one.
+``best.pt`` (stock state_dicts), ``last.fgd.safetensors`` (what the distillation adds), TensorBoard's events,
+``results.csv`` and ``eval-*.json``, which ``fgd compare`` reads. ``train=teacher`` trains the teacher,
+``train=alone`` without one.
 """
 
 from __future__ import annotations

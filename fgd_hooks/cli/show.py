@@ -24,7 +24,7 @@ from fgd_hooks.evaluation.readers import read_data
 from fgd_hooks.integrations.ultralytics.monitor import SETTINGS_FILE
 from fgd_hooks.integrations.ultralytics.teacher import fuse_files, load_teachers, with_score_taps
 from fgd_hooks.pairing import signature
-from fgd_hooks.utils.checkpoint import LAST_CHECKPOINT, read_checkpoint
+from fgd_hooks.utils.checkpoint import LAST_CHECKPOINT, SUFFIX, read_checkpoint
 
 Sample = tuple[str, Tensor, Tensor]
 
@@ -160,7 +160,7 @@ def load_adapters(distiller: Distiller, state: dict[str, Any], file: Path) -> No
 
 def _side_file(student: Path) -> Path | None:
     """The side file beside a student's weights; that of best.pt is the one of last.pt."""
-    for name in (f"{student.stem}.fgd.pt", LAST_CHECKPOINT):
+    for name in (student.stem + SUFFIX, LAST_CHECKPOINT):
         if (student.parent / name).is_file():
             return student.parent / name
     return None

@@ -84,8 +84,8 @@ def draw_sheet(sheet: LevelSheet, *, top: int = 10, dpi: int = 100) -> Figure:
         sentence = "no trained adapter was found: compare the places, not the strength (colours of its own)"
         _caption(student, "Student's own attention", sentence)
         difference.set(xticks=[], yticks=[], box_aspect=height / width)
-        sentence = "the two strengths have no common unit; the training leaves its adapters in last.fgd.pt, beside the "
-        _caption(difference, "No difference", f"{sentence}student's weights")
+        sentence = "the two strengths have no common unit; the training leaves its adapters in last.fgd.safetensors, "
+        _caption(difference, "No difference", f"{sentence}beside the student's weights")
     _draw_channels(figure.add_subplot(grid[:, 3]), sheet, top)
     return figure
 

@@ -1,80 +1,66 @@
-"""The side file: what distillation adds to a training, beside the host's own checkpoint.
+"""What distillation adds to a training, in a file beside the host's own checkpoint.
 
-Written to a temporary file in the same folder, flushed to the disk and renamed, so that a reader finds either the old
-file or the new one. Read as an untrusted file: no code in it can run, and it cannot make the reader take more memory
-than a small multiple of the file's size.
+A safetensors file; values that are no tensors, as JSON, and a SHA-256 of the whole are in its metadata. Nothing in
+such a file can run, and a damaged one is refused.
 """
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
+import json
 import os
-import pickletools
-import tempfile
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fgd_hooks.errors import CheckpointError
+from fgd_hooks.errors import CheckpointError, needs_extra
 
-LAST_CHECKPOINT = "last.fgd.pt"
+SUFFIX = ".fgd.safetensors"
+LAST_CHECKPOINT = f"last{SUFFIX}"
 """Name of the file beside a host's ``last.pt``."""
 
-FORMAT = 1
-
-
+FORMAT = "fgd_hooks 2"
 MAX_BYTES = 4 << 30  # adapters and their optimizer take megabytes
-
-
-MAX_PICKLE_BYTES = 16 << 20  # of names, numbers and structure; kilobytes in practice
-
-
-MAX_TUPLES = 20_000  # some for each tensor; many inside each other would overflow the C stack
-
-
-# what torch.save names in the pickle of tensors, numbers, texts and containers of them
-_NAMES = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"}
-
-
-_NAMES |= {f"torch {kind}Storage" for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Bool", "Byte")}
-
-
-_FORBIDDEN = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID"}
+NO_DIGEST = b"0" * 64  # stands in the file while its digest is taken
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write tensors, numbers, texts and containers of them, atomically.
+    """Write tensors, numbers, texts and containers of them; a reader finds the old file or the new one.
 
     What an earlier write left behind when its process was killed is removed.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; the old file is left as it was.
+        TypeError: the content holds something else.
     """
+    with needs_extra():
+        from safetensors.torch import save
+
+    tensors: dict[str, Tensor] = {}
+    values = json.dumps(_encode(content, tensors))
+    data = save(tensors, {"format": FORMAT, "values": values, "sha256": NO_DIGEST.decode()})
+    data = data.replace(NO_DIGEST, hashlib.sha256(data).hexdigest().encode(), 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=_prefix(path), dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(descriptor, "wb") as file, _checksums():
-            torch.save({"fgd_hooks": FORMAT, **content}, file)
+        with open(temporary, "xb") as file:  # with the permissions that the process's umask leaves
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, RuntimeError):  # torch reports a failed write as one
-            raise OSError(str(error)) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
         raise
 
 
 def remove_leftovers(path: Path) -> None:
     """Remove the temporary files of writes to ``path`` that were killed; for the one process that writes it."""
     if path.parent.is_dir():
-        for leftover in [each for each in path.parent.iterdir() if each.name.startswith(_prefix(path))]:
+        for leftover in [each for each in path.parent.iterdir() if each.name.startswith(f".{path.name}.")]:
             leftover.unlink(missing_ok=True)
 
 
@@ -83,120 +69,62 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        CheckpointError: it is damaged, holds code, declares more than it holds, or is no side file of this format.
+        CheckpointError: it is damaged, of an older version, or no such file.
     """
+    with needs_extra():
+        from safetensors.torch import load
+
     if not path.exists():
-        raise FileNotFoundError(f"There is no side file {path}.")
+        older = path.with_suffix(".pt")
+        if not older.is_file():
+            raise FileNotFoundError(f"There is no checkpoint {path}.")
+        raise CheckpointError(f"{older} has the format of an older version. Remove it to go on with new adapters.")
     try:
-        size = _check_archive(path)
-        # mapped: a tensor that claims more than its storage is an error then, and takes no memory
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        content = _own_tensors(content, [size])
-    except Exception as error:  # zipfile, pickletools and torch raise many kinds for damaged or unsafe files
+        if not path.is_file():
+            raise ValueError("it is no regular file")
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"it has {path.stat().st_size} bytes; at most {MAX_BYTES} are read")
+        data = path.read_bytes()
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        if header["format"] != FORMAT:
+            raise ValueError(f"its format is {header['format']!r}; expected {FORMAT!r}")
+        digest = header["sha256"].encode()
+        if hashlib.sha256(data.replace(digest, NO_DIGEST, 1)).hexdigest().encode() != digest:
+            raise ValueError("its checksum is wrong")
+        content = _decode(json.loads(header["values"]), load(data))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}; expected keys and values")
+    except Exception as error:  # json and safetensors raise many kinds for damaged and foreign files
         raise CheckpointError(
-            f"{path} cannot be read as a side file of fgd_hooks: {error or type(error).__name__}. "
+            f"{path} cannot be read as a checkpoint of fgd_hooks: {error or type(error).__name__}. "
             "Remove it to go on with new adapters."
         ) from error
-    kind = content.get("fgd_hooks") if isinstance(content, dict) else None
-    if not (isinstance(content, dict) and isinstance(kind, int) and kind == FORMAT):  # a tensor cannot be compared
-        raise CheckpointError(f"{path} is no side file of fgd_hooks (format {FORMAT}).")
     return content
 
 
-def _check_archive(path: Path) -> int:
-    """Refuse, before torch reads it, an archive that torch.save would not have written; returns its size in bytes."""
-    if not path.is_file():
-        raise ValueError("it is no regular file")
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise ValueError(f"it has {size} bytes; at most {MAX_BYTES} are read")
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        names = [entry.filename for entry in entries]
-        if len(set(names)) != len(names) or any(".." in name or name.startswith("/") for name in names):
-            raise ValueError("names in its archive are repeated or lead out of it")
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise ValueError("its archive is compressed")
-        if sum(entry.file_size for entry in entries) > size:
-            raise ValueError("its archive declares more bytes than the file holds")
-        damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"the checksum of its {damaged} is wrong")
-        pickles = [name for name in names if name.endswith(".pkl")]
-        if len(pickles) != 1 or pickles[0].count("/") != 1 or not pickles[0].endswith("/data.pkl"):
-            raise ValueError("its archive does not hold one data.pkl")
-        if archive.getinfo(pickles[0]).file_size > MAX_PICKLE_BYTES:
-            raise ValueError(f"its structure takes more than {MAX_PICKLE_BYTES} bytes")
-        tuples = 0
-        for opcode, argument, _ in pickletools.genops(archive.read(pickles[0])):
-            tuples += opcode.name.startswith("TUPLE")
-            if tuples > MAX_TUPLES:
-                raise ValueError(f"it holds more than {MAX_TUPLES} tuples")
-            if opcode.name in _FORBIDDEN or (opcode.name == "GLOBAL" and argument not in _NAMES):
-                raise ValueError(f"it names {argument or opcode.name}, which is neither a tensor nor a container")
-    return size
-
-
-def _own_tensors(value: Any, left: list[int], depth: int = 0) -> Any:
-    """The content with tensors of its own instead of views of the mapped file.
-
-    Args:
-        value: tensors, numbers, texts and containers of them.
-        left: one number: how many bytes of tensors may still come; views of one storage would multiply it otherwise.
-        depth: how many containers ``value`` is in.
-    """
-    if depth > 20:
-        raise ValueError("its containers are nested too deep")
+def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Containers, numbers and texts as JSON has them; a tensor is replaced by its name in ``tensors``."""
     if isinstance(value, Tensor):
-        left[0] -= value.numel() * value.element_size()
-        if left[0] < 0 or value.layout != torch.strided or value.device.type != "cpu":
-            raise ValueError(f"its tensors hold more than the file, {tuple(value.shape)} for example")
-        return value.detach().clone(memory_format=torch.contiguous_format)
-    left[0] -= 1  # each item takes a byte of the file at least, unless the same container comes many times
-    if left[0] < 0:
-        raise ValueError("its containers hold more than the file")
-    if isinstance(value, dict):
-        return {_plain(key): _own_tensors(item, left, depth + 1) for key, item in value.items()}
+        name = str(len(tensors))
+        tensors[name] = value.detach().to("cpu", copy=True).contiguous()  # each alone: safetensors shares no storage
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        return {"dict": [[key, _encode(item, tensors)] for key, item in value.items()]}  # keys may be numbers
     if isinstance(value, (list, tuple)):
-        return type(value)([_own_tensors(item, left, depth + 1) for item in value])
-    return _plain(value)
-
-
-def _plain(value: Any) -> Any:
-    """A number, a text or None.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    if value is not None and type(value) not in (bool, int, float, str):
-        raise ValueError(f"it holds a {type(value).__name__}")
+        return {type(value).__name__: [_encode(item, tensors) for item in value]}
     return value
 
 
-@contextlib.contextmanager
-def _checksums() -> Iterator[None]:
-    """Let torch.save write checksums, which a process may have switched off (not possible in old versions of torch)."""
-    if not hasattr(torch.serialization, "set_crc32_options"):
-        yield
-        return
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(True)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
-
-
-def _prefix(path: Path) -> str:
-    """How the names of the temporary files of ``path`` begin."""
-    return f".{path.name}."
-
-
-def _umask() -> int:
-    """The process's file mode mask; temporary files are private, a side file is an ordinary one."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What :func:`_encode` was given."""
+    if not isinstance(value, dict):
+        return value
+    ((kind, found),) = value.items()
+    if kind == "tensor":
+        return tensors[found]
+    if kind == "dict":
+        return {key: _decode(item, tensors) for key, item in found}
+    return {"list": list, "tuple": tuple}[kind](_decode(item, tensors) for item in found)
 
 
 MAX_COUNT = 1 << 53  # of steps and epochs; far beyond any training

@@ -184,7 +184,7 @@ def test_train_levels_and_eval_of_a_real_run(teacher_file, student_yaml, data, t
     ]
     assert main(arguments) == 0
     last = tmp_path / "run" / "weights" / "last.pt"
-    assert last.with_suffix(".fgd.pt").is_file()
+    assert last.with_suffix(".fgd.safetensors").is_file()
     header = (tmp_path / "run" / "results.csv").read_text().splitlines()[0]
     assert "train/fgd_fg" in header
     capsys.readouterr()

@@ -63,7 +63,7 @@ def test_the_command_draws_each_image_and_level(run, teacher_file, data, tmp_pat
     assert len(files) == 2
     assert sorted({name.rpartition("_")[2] for name in files}) == ["P3.png", "P5.png"]
     out = capsys.readouterr().out
-    assert "last.fgd.pt" in out
+    assert "last.fgd.safetensors" in out
     assert "P3: attention distance" in out
 
 

@@ -152,7 +152,7 @@ def workplace(tmp_path_factory):
 
 def content_of(run):
     state = {"distiller": run.distiller.training_state(), "optimizer": run.optimizer.state_dict()}
-    return {"fgd_hooks": 1, "epoch": 1, **state}
+    return {"epoch": 1, **state}
 
 
 def same(one, other):
@@ -199,7 +199,11 @@ def test_random_bytes(cases, workplace):
         workplace.path.write_bytes(content)
         assert not check_loading(workplace)
 
-    fuzz(cases, st.one_of(st.binary(), st.binary().map(lambda rest: b"PK\x03\x04" + rest)), check)
+    fuzz(
+        cases,
+        st.one_of(st.binary(), st.binary().map(lambda rest: (64).to_bytes(8, "little") + b'{"__metadata__":{' + rest)),
+        check,
+    )
 
 
 @pytest.mark.parametrize("cases", CASES)
@@ -207,9 +211,9 @@ def test_damaged_bytes(cases, workplace):
     """Flipped bits, cuts, insertions and repetitions anywhere in a whole file."""
     size = len(workplace.whole)
     place = st.integers(0, size - 1)
-    # the structure of the archive is at its two ends
+    # the structure of the file is at its beginning
     flips = st.lists(
-        st.tuples(st.one_of(place, st.integers(size - 3000, size - 1), st.integers(0, 9000)), st.integers(1, 255)),
+        st.tuples(st.one_of(place, st.integers(0, 9000)), st.integers(1, 255)),
         min_size=1,
         max_size=4,
     )
@@ -256,7 +260,7 @@ def paths(content, prefix=()):
 
 @pytest.mark.parametrize("cases", CASES)
 def test_other_contents(cases, workplace):
-    """Valid archives in which entries are replaced, missing or added, or tensors hold something else."""
+    """Valid files in which entries are replaced, missing or added, or tensors hold something else."""
     places = st.sampled_from(paths(workplace.content))
     change = st.tuples(st.sampled_from(["replace", "remove", "add", "fill"]), places, LEAVES)
 
@@ -278,7 +282,7 @@ def test_other_contents(cases, workplace):
                 present.view(-1)[-1:] = torch.tensor(value, dtype=torch.float64).to(present.dtype)  # 1e300: infinity
             else:
                 place[path[-1]] = leaf
-        torch.save(content, workplace.path)
+        write_checkpoint(workplace.path, content)
         check_loading(workplace)
 
     fuzz(cases, st.lists(change, min_size=1, max_size=3), check)

@@ -78,7 +78,7 @@ class Recorder:
     def saved(self, trainer) -> None:
         """Note the process that wrote the side file."""
         with open(self.folder / "saved.txt", "a") as file:
-            print(RANK, trainer.epoch, (trainer.wdir / "last.fgd.pt").is_file(), file=file)
+            print(RANK, trainer.epoch, (trainer.wdir / "last.fgd.safetensors").is_file(), file=file)
 
     def epoch(self, trainer) -> None:
         """Write the state of this rank."""

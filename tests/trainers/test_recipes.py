@@ -68,4 +68,4 @@ def test_the_program_runs_a_recipe_with_trained_backbones(coco, tmp_path):
     main([file, *common, f"teacher.checkpoint={checkpoint}", f"out={tmp_path / 'fgd'}"], build_model, TimmSettings)
     student = torch.load(tmp_path / "fgd" / "model.pt", weights_only=True)
     assert "backbone.body.conv_stem.weight" in student
-    assert (tmp_path / "fgd" / "last.fgd.pt").exists()
+    assert (tmp_path / "fgd" / "last.fgd.safetensors").exists()

@@ -71,8 +71,8 @@ def test_with_a_teacher_and_without(train):
     stock.load_state_dict(weights(taught))
     stock.load_state_dict(torch.load(taught / "best.pt", weights_only=True))
     assert set(torch.load(taught / "last.pt", weights_only=True)) == {"model", "optimizer", "rate", "scaler", "rows"}
-    assert read_checkpoint(taught / "last.fgd.pt")["distiller"]["step"] == 6
-    assert not (alone / "last.fgd.pt").exists()
+    assert read_checkpoint(taught / "last.fgd.safetensors")["distiller"]["step"] == 6
+    assert not (alone / "last.fgd.safetensors").exists()
     assert not (alone / "fgd.yaml").exists()
     with (taught / "results.csv").open() as stream:
         rows = list(csv.DictReader(stream))
@@ -107,7 +107,7 @@ def test_a_resumed_run_ends_like_a_straight_one(train, monkeypatch):
             train("resumed")
     resumed = train("resumed", "resume=true")
     assert same(straight, resumed)
-    states = [read_checkpoint(folder / "last.fgd.pt")["distiller"] for folder in (straight, resumed)]
+    states = [read_checkpoint(folder / "last.fgd.safetensors")["distiller"] for folder in (straight, resumed)]
     for name, tensor in states[0]["modules"].items():
         assert torch.equal(tensor, states[1]["modules"][name]), name
     assert len(read_run(resumed).curve) == 2
@@ -184,4 +184,4 @@ def test_two_processes(train, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert read_evaluation(out / "eval-test.json")["images"] == 2
-    assert read_checkpoint(out / "last.fgd.pt")["distiller"]["step"] == 6
+    assert read_checkpoint(out / "last.fgd.safetensors")["distiller"]["step"] == 6

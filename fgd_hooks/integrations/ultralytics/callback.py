@@ -11,7 +11,7 @@
 
 The callback installs itself when Ultralytics has built model, optimizer and EMA, and removes itself at the end of the
 training, also after an error. The checkpoints stay Ultralytics' own; what distillation adds (adapters, context blocks,
-their optimizer, the balance) is kept in ``last.fgd.pt`` beside ``last.pt`` and read again with ``resume=True``.
+their optimizer, the balance) is kept in ``last.fgd.safetensors`` beside ``last.pt``, and ``resume=True`` reads it.
 """
 
 from __future__ import annotations

@@ -76,10 +76,11 @@ class DistillationCheckpoint:
             CheckpointError: as :meth:`load`.
         """
         path = folder / LAST_CHECKPOINT
-        if not path.is_file():
+        try:
+            epoch = self.load(folder)
+        except FileNotFoundError:
             logger.warning("FGD: there is no %s; adapters and balance start anew.", path)
             return
-        epoch = self.load(folder)
         logger.info("FGD: adapters and balance go on from %s (epoch %d).", path, epoch + 1)
         if epoch != start_epoch - 1:
             logger.warning("FGD: %s is of epoch %d, the checkpoint of epoch %d.", path, epoch + 1, start_epoch)

@@ -156,7 +156,7 @@ def test_only_the_start_without_any_distillation(train, teacher_file, teachers, 
     assert torch.equal(seen["weight"], teachers["model.1.conv.weight"][::2])
     assert seen["distiller"] is None
     assert "inherit=channels" in lines(log)[0]
-    assert not (yolo.trainer.wdir / "last.fgd.pt").exists()
+    assert not (yolo.trainer.wdir / "last.fgd.safetensors").exists()
     log.clear()
     train(FGDCallback(teacher_file, weight=0), hooks=[("on_train_start", look)])
     assert lines(log) == []
