@@ -90,7 +90,7 @@ def test_a_side_file_of_other_models_is_refused(run, teacher_file, data, tmp_pat
     content = read_checkpoint(run / LAST_CHECKPOINT)
     content["distiller"]["levels"] = [each.replace("channels", "Kanäle") for each in content["distiller"]["levels"]]
     write_checkpoint(tmp_path / LAST_CHECKPOINT, content)
-    with pytest.raises(CheckpointError, match=r"last\.fgd\.pt holds adapters for"):
+    with pytest.raises(CheckpointError, match=r"last\.fgd\.safetensors holds adapters for"):
         show("last.pt", teacher_file, data, images=1)
 
 
