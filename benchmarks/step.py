@@ -59,7 +59,7 @@ class CallbackStep:
     def __init__(
         self, student: nn.Module, teacher: Path, config: FGDConfig, batch: dict[str, Any], folder: Path
     ) -> None:
-        from fgd_hooks.integrations.ultralytics.session import TrainingRun
+        from fgd_hooks.integrations.ultralytics.session import TrainingSession
         from fgd_hooks.integrations.ultralytics.teacher import fuse_files, load_teachers
 
         self.student, self.batch, self.optimizer = student, batch, adamw(student)
@@ -78,7 +78,7 @@ class CallbackStep:
             save_dir=folder,
         )
         teachers = fuse_files(load_teachers(teacher), teacher, config.teacher)
-        self.run = TrainingRun(self.trainer, teachers, config)
+        self.run = TrainingSession(self.trainer, teachers, config)
         self.run.install()
         self.measured: list[bool] = []
 
@@ -86,7 +86,7 @@ class CallbackStep:
         """One step."""
         loss, _ = self.student(self.batch)
         finish(loss.sum(), self.optimizer, self.student)
-        self.run.end_batch()
+        self.run.on_train_batch_end()
         distilled = self.run.distilled
         self.measured.append(distilled is not None and distilled.measured)
 

@@ -21,7 +21,7 @@ from fgd_hooks.errors import CheckpointError, ConfigError, DataError
 from fgd_hooks.evaluation.dataset import EvalData, TrueImage, load_letterboxed, load_sample
 from fgd_hooks.evaluation.evaluate import data_file, load_detector
 from fgd_hooks.evaluation.readers import read_data
-from fgd_hooks.integrations.ultralytics.monitor import SETTINGS_FILE
+from fgd_hooks.integrations.ultralytics.settings import SETTINGS_FILE
 from fgd_hooks.integrations.ultralytics.teacher import fuse_files, load_teachers, with_score_taps
 from fgd_hooks.pairing import signature
 from fgd_hooks.utils.checkpoint import LAST_CHECKPOINT, SUFFIX, read_checkpoint

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 # tags of the run's row in TensorBoard's table of hyper-parameters
 FINAL_MAP, FINAL_MAP50, BEST_MAP = "final/mAP50-95", "final/mAP50", "best/mAP50-95"
-
-
 # of each epoch; TensorBoard's Custom Scalars draw no line for a tag with brackets, such as Ultralytics' own
 EPOCH_MAP = "fgd/mAP50-95"
 
@@ -40,16 +38,14 @@ def distillation_scalars(
     ``fgd/skipped_steps``           steps whose distillation loss was not finite
     ==============================  ====================================================================
     """
+    balance = distiller.balance
     tensors = {f"fgd/parts/{part}": value for part, value in distilled.parts.items()}
-    for level in distilled.levels:
-        tensors |= {f"fgd/levels/{level}/{part}": value for part, value in distilled.levels[level].items()}
-        tensors |= {f"fgd/raw/{level}/{part}": value for part, value in distilled.raw[level].items()}
-    for number, level in enumerate(distiller.level_names):
-        tensors[f"fgd/balance/scale/{level}"] = distiller.balance.scales[number]
-        tensors[f"fgd/balance/ratio/{level}"] = distiller.balance.ratios[number]
-        tensors[f"fgd/balance/cosine/{level}"] = distiller.balance.cosines[number]
-    values = torch.stack([value.detach().float() for value in tensors.values()]).tolist()  # one wait for the device
-    scalars = {name: value for name, value in zip(tensors, values, strict=True) if value == value}
+    for kind, levels in (("levels", distilled.levels), ("raw", distilled.raw)):
+        tensors |= {f"fgd/{kind}/{name}/{part}": v for name, parts in levels.items() for part, v in parts.items()}
+    for kind, values in (("scale", balance.scales), ("ratio", balance.ratios), ("cosine", balance.cosines)):
+        tensors |= {f"fgd/balance/{kind}/{name}": v for name, v in zip(distiller.level_names, values, strict=True)}
+    numbers = torch.stack([value.detach().float() for value in tensors.values()]).tolist()  # one wait for the device
+    scalars = {name: value for name, value in zip(tensors, numbers, strict=True) if value == value}
     scalars["fgd/loss"] = sum(scalars.get(f"fgd/parts/{part}", 0.0) for part in distilled.parts)
     if task_loss is not None:
         scalars["fgd/task_loss"] = task_loss

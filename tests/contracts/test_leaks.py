@@ -115,8 +115,8 @@ def test_the_teacher_is_gone_after_an_ultralytics_training(train, teacher_file):
     alive = []
 
     def look(trainer):
-        distiller = callback.distiller(trainer)
-        alive.extend(weakref.ref(each) for each in (distiller._teachers[0].model, distiller, callback._runs[trainer]))
+        session = callback._sessions[trainer]
+        alive.extend(weakref.ref(each) for each in (session.distiller._teachers[0].model, session.distiller, session))
 
     callback = FGDCallback(teacher_file, log_interval=0)
     yolo = train(callback, hooks=[("on_train_start", look)])

@@ -34,10 +34,7 @@ def boxes_of(batch: Mapping[str, Tensor]) -> PackedBoxes:
 def _upright(extent: Tensor, angle: Tensor, aspect: float) -> Tensor:
     """Width and height (n, 2), as fractions of the input, of the upright boxes around rotated ones.
 
-    Args:
-        extent: (n, 2) of the rotated boxes, in the same fractions.
-        angle: (n,) in radians.
-        aspect: the input's width divided by its height.
+    The ``extent`` (n, 2) of those is in the same fractions, ``angle`` (n,) in radians, ``aspect`` width by height.
     """
     cosine, sine = angle.cos().abs(), angle.sin().abs()
     width, height = extent.unbind(1)

@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -29,14 +30,16 @@ from fgd_hooks.distiller import Distiller
 from fgd_hooks.errors import ConfigError
 from fgd_hooks.integrations.ultralytics.compat import check_task, check_text_encoder, check_version
 from fgd_hooks.integrations.ultralytics.initialization import inherit_into
-from fgd_hooks.integrations.ultralytics.monitor import named_config
-from fgd_hooks.integrations.ultralytics.session import TrainingRun, is_first_rank
-from fgd_hooks.integrations.ultralytics.teacher import as_list, fuse_files, load_teachers
+from fgd_hooks.integrations.ultralytics.session import TrainingSession, is_first_rank
+from fgd_hooks.integrations.ultralytics.settings import FGDSettings, differences, named_config
+from fgd_hooks.integrations.ultralytics.teacher import as_list, file_of, fuse_files, load_teachers, name_of
 from fgd_hooks.pairing import check_names
 from fgd_hooks.teacher import check_apart, check_finite
 
-logger = logging.getLogger("ultralytics")  # the host's own console and log file
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+logger = logging.getLogger("ultralytics")  # the host's own console and log file
 
 EVENTS = (
     "on_pretrain_routine_end",
@@ -73,8 +76,8 @@ class FGDCallback:
         self,
         teacher: str | Path | nn.Module | Any = None,
         config: FGDConfig | Mapping[str, Any] | str | Path | None = None,
-        overrides: list[str] | Mapping[str, Any] = (),  # type: ignore[assignment]
-        **settings: Any,
+        overrides: Sequence[str] | Mapping[str, Any] = (),
+        **settings: Unpack[FGDSettings],
     ) -> None:
         self.config = load_config(load_config(config, overrides), settings)
         check_names(self.config)
@@ -86,7 +89,8 @@ class FGDCallback:
             raise ConfigError(f"teachers has {len(self.config.teachers)} entries, but {count} teachers are given.")
         self.inherited = ""
         self._loaded: list[nn.Module] | None = None
-        self._runs: weakref.WeakKeyDictionary[Any, TrainingRun] = weakref.WeakKeyDictionary()
+        self._attached: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._sessions: weakref.WeakKeyDictionary[Any, TrainingSession] = weakref.WeakKeyDictionary()
 
     def attach(self, model: Any) -> FGDCallback:
         """Add this callback to a ``YOLO`` model (or a trainer); the following ``model.train()`` calls distil.
@@ -117,23 +121,32 @@ class FGDCallback:
                     check_apart(student, teacher)
         self.detach(model)
         for event in EVENTS:
-            model.add_callback(event, getattr(self, f"_{event}"))
+            model.add_callback(event, _Handler(self, event))
+        self._attached.add(model)
         return self
 
     def detach(self, model: Any) -> None:
         """Take this callback out of a ``YOLO`` model or trainer again."""
         for handlers in model.callbacks.values():
-            handlers[:] = [handler for handler in handlers if getattr(handler, "__self__", None) is not self]
+            handlers[:] = [each for each in handlers if not (isinstance(each, _Handler) and each.callback is self)]
+        self._attached.discard(model)
 
     def distiller(self, trainer: Any) -> Distiller | None:
         """The Distiller at work in a trainer, None before and after its training."""
-        run = self._runs.get(trainer)
-        return run.distiller if run else None
+        session = self._sessions.get(trainer)
+        return session.distiller if session else None
+
+    def __repr__(self) -> str:
+        names = [name_of(one) for one in as_list(self.teacher)]
+        changed = {key: now for key, (_, now) in differences(FGDConfig(), self.config).items() if key != "teacher.name"}
+        shown = {"teacher": names if isinstance(self.teacher, (list, tuple)) else names[0], **changed}
+        settings = ", ".join(f"{key}={value!r}" for key, value in shown.items())
+        return f"<FGDCallback {settings}: {'attached' if self._attached else 'not attached'}>"
 
     def __getstate__(self) -> dict[str, Any]:
         """The specification alone: this is what travels to the processes of a multi-GPU training."""
         several = isinstance(self.teacher, (list, tuple))
-        files = [_file_of(teacher) for teacher in as_list(self.teacher)]
+        files = [file_of(one) or one for one in as_list(self.teacher)]
         return {"teacher": files if several else files[0], "config": self.config}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -144,15 +157,21 @@ class FGDCallback:
         """Whether there is anything to do: with weight 0 only the inheritance that is asked for by name."""
         return self.config.weight > 0 or self.config.inherit not in (None, "", "auto")
 
-    # Ultralytics' events
+    def _handle(self, event: str, trainer: Any) -> None:
+        """One of Ultralytics' events has come."""
+        if event == "on_pretrain_routine_end":
+            self._begin(trainer)
+        elif event == "teardown":  # the training has ended, by itself or by an error
+            if session := self._sessions.pop(trainer, None):
+                session.remove()
+        elif session := self._sessions.get(trainer):
+            getattr(session, event)()
 
-    def _on_pretrain_routine_end(self, trainer: Any) -> None:
+    def _begin(self, trainer: Any) -> None:
         """Model, optimizer, DDP wrapper and EMA exist, and a resumed checkpoint is loaded; called on all ranks."""
         if not self._acts:
             return
-        teachers, self._loaded = self._loaded, None
-        if teachers is None:
-            teachers = load_teachers(self.teacher)
+        teachers, self._loaded = self._loaded or load_teachers(self.teacher), None
         if not trainer.resume:
             self.inherited, expected = inherit_into(trainer, teachers[0], self.config.inherit)
             if self.inherited and is_first_rank():
@@ -160,41 +179,16 @@ class FGDCallback:
         if self.config.weight == 0:
             return
         teachers = fuse_files(teachers, self.teacher, self.config.teacher)
-        run = TrainingRun(trainer, teachers, named_config(self.config, self.teacher))
-        self._runs[trainer] = run
-        run.install()
-
-    def _on_train_epoch_start(self, trainer: Any) -> None:
-        if run := self._runs.get(trainer):
-            run.begin_epoch()
-
-    def _on_train_batch_end(self, trainer: Any) -> None:
-        if run := self._runs.get(trainer):
-            run.end_batch()
-
-    def _on_train_epoch_end(self, trainer: Any) -> None:
-        if run := self._runs.get(trainer):
-            run.end_epoch()
-
-    def _on_model_save(self, trainer: Any) -> None:
-        if run := self._runs.get(trainer):
-            run.checkpoint.save(Path(trainer.wdir), int(trainer.epoch))
-
-    def _on_fit_epoch_end(self, trainer: Any) -> None:
-        if run := self._runs.get(trainer):
-            run.log_epoch()
-
-    def _on_train_end(self, trainer: Any) -> None:
-        if run := self._runs.get(trainer):
-            run.log_run()
-
-    def _teardown(self, trainer: Any) -> None:
-        """The training has ended, by itself or by an error."""
-        if run := self._runs.pop(trainer, None):
-            run.remove()
+        self._sessions[trainer] = session = TrainingSession(trainer, teachers, named_config(self.config, self.teacher))
+        session.install()
 
 
-def _file_of(teacher: Any) -> Any:
-    """The file of a ``YOLO`` object that was loaded from one; anything else as it is."""
-    path = getattr(teacher, "ckpt_path", None)
-    return str(path) if path and Path(str(path)).is_file() else teacher
+@dataclass(frozen=True)
+class _Handler:
+    """What Ultralytics calls at an event; the callback that it belongs to finds it again."""
+
+    callback: FGDCallback
+    event: str
+
+    def __call__(self, trainer: Any) -> None:
+        self.callback._handle(self.event, trainer)

@@ -15,11 +15,8 @@ from fgd_hooks.errors import TaskError, VersionError
 
 logger = logging.getLogger("ultralytics")  # the host's own console and log file
 
-
-TASKS = ("detect", "segment", "pose", "obb")
-"""The tasks whose models have a neck of several levels, and labels with boxes."""
-
-
+OLDEST = "8.4.177"
+TASKS = ("detect", "segment", "pose", "obb")  # their models have a neck of several levels, their labels have boxes
 NO_TEXT_ENCODER = (
     "YOLO-World needs the text encoder CLIP to train, YOLOE to validate, and the package 'clip' is not installed: "
     "pip install git+https://github.com/ultralytics/CLIP.git. On its first use it downloads weights."
@@ -37,14 +34,10 @@ def task_of(model: Any) -> str | None:
 
 
 def check_task(model: Any, boxes_from: str = "labels") -> None:
-    """Refuse a student that cannot be distilled.
-
-    Args:
-        model: a ``YOLO`` object or a trainer.
-        boxes_from: the setting of that name.
+    """Refuse a ``YOLO`` object or trainer whose task has no boxes, or no masks where the boxes shall come from masks.
 
     Raises:
-        TaskError: its task has no boxes, or no masks where the boxes shall come from masks.
+        TaskError: it is one.
     """
     task = task_of(model)
     if task is not None and task not in TASKS:
@@ -70,20 +63,13 @@ def check_text_encoder(student: Any) -> None:
 
 
 def images_counted(model: nn.Module, batch: Tensor) -> int:
-    """By how many images the loss of a training batch is multiplied.
+    """By how many images the loss of a batch (N, C, H, W) of the unwrapped student is multiplied.
 
-    Ultralytics' YOLO losses are a mean over images times the number of images N; RT-DETR's is the mean alone.
-
-    Args:
-        model: the student, unwrapped.
-        batch: its images (N, C, H, W).
+    Ultralytics' YOLO losses are a mean over images times their number N; RT-DETR's is the mean alone.
     """
     layers = getattr(model, "model", None)
     head = layers[-1] if isinstance(layers, nn.Sequential) and len(layers) else None
     return 1 if type(head).__name__ == "RTDETRDecoder" else int(batch.shape[0])
-
-
-OLDEST = "8.4.177"
 
 
 def check_version() -> None:

@@ -7,7 +7,9 @@ beside the labels of a data set may stay. The check-up computes in float32 (amp 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,23 +20,19 @@ from torch import Tensor, nn
 from fgd_hooks.config import FGDConfig
 from fgd_hooks.diagnostics.cost import extra_cost
 from fgd_hooks.diagnostics.doctor import diagnose
-from fgd_hooks.diagnostics.report import Finding, Report
+from fgd_hooks.diagnostics.report import Finding, Report, green, red, yellow
 from fgd_hooks.errors import ConfigError, DataError, TapError, TeacherError
 from fgd_hooks.evaluation.evaluate import evaluate, quiet_ultralytics
 from fgd_hooks.integrations.ultralytics.compat import check_task, images_counted
 from fgd_hooks.integrations.ultralytics.initialization import inherit_into
-from fgd_hooks.integrations.ultralytics.monitor import named_config
-from fgd_hooks.integrations.ultralytics.session import TrainingRun
-from fgd_hooks.integrations.ultralytics.teacher import as_list, fuse_files, load_teachers
+from fgd_hooks.integrations.ultralytics.session import TrainingSession
+from fgd_hooks.integrations.ultralytics.settings import named_config
+from fgd_hooks.integrations.ultralytics.teacher import as_list, file_of, fuse_files, load_teachers
 from fgd_hooks.teacher import check_apart, check_finite
 
 EVALUATED = 64  # images of the validation set, evenly spread
-
-
 NOTHING, WEAK, NOISE = 0.02, 0.10, 0.02  # mAP50-95 of 0..1: finds nothing, finds little, difference of no meaning
-
-
-OURS = ("project", "name", "exist_ok", "save_dir", "resume", "amp", "plots", "verbose", "device")
+OURS = ("project", "name", "exist_ok", "save_dir", "resume", "amp", "plots", "verbose")
 
 
 class _Examined(BaseException):
@@ -74,16 +72,15 @@ def diagnose_training(
             check_finite(module)
             check_apart(model.model, module)
     except TeacherError as error:
-        return Report((Finding("red", "teacher", str(error), "Use another teacher file."),))
+        return Report((red("teacher", str(error), "Use another teacher file."),))
     measured: dict[str, Any] = {key: settings[key] for key in ("imgsz", "batch", "device") if key in settings}
     if not isinstance(measured.get("batch", 1), int) or measured.get("batch", 1) < 1:
         del measured["batch"]  # Ultralytics' automatic batch
-    trained = str(getattr(model, "ckpt_path", None) or "") if getattr(model, "ckpt", None) else ""
+    trained = file_of(model) if getattr(model, "ckpt", None) else None
     with quiet_ultralytics():
         # first, since it knows misspelt settings
-        named = named_config(config, teacher)
-        findings = _examine(model, modules, files, named, {**settings, "data": data})
-        quality = [check_quality(str(file), trained or None, data, measured) for file in files]
+        findings = _examine(model, modules, files, named_config(config, teacher), {**settings, "data": data})
+        quality = [check_quality(str(file), trained, data, measured) for file in files]
     return Report((*quality, *findings))
 
 
@@ -92,55 +89,53 @@ def _examine(
 ) -> list[Finding]:
     """Let Ultralytics build a training, and examine the distillation where it would begin."""
     config = dataclasses.replace(config, log_interval=0)
-    base = model.task_map[model.task]["trainer"]
     found: list[Finding] = []
 
-    def run_callbacks(self: Any, event: str) -> None:
+    def run_callbacks(trainer: Any, event: str) -> None:
         """Instead of all callbacks, also those of loggers, which would record a run."""
-        if event == "on_train_start":
-            line, expected = inherit_into(self, teachers[0], config.inherit)
-            text = line or "The student begins with the weights that it has."
-            found.append(Finding("green" if expected else "yellow", "start", text))
-            try:
-                run = TrainingRun(self, fuse_files(teachers, files, config.teacher), config)
-            except ConfigError:
-                raise
-            except (TapError, ValueError) as error:
-                found.append(Finding("red", "levels", str(error), "Choose a teacher or taps whose levels fit."))
-                raise _Examined from None
-            try:
-                found.extend(_check(self, run))
-            finally:
-                run.remove()
-            raise _Examined
-
-    trainer = type("ExaminedTrainer", (base,), {"run_callbacks": run_callbacks})
-    settings = {key: value for key, value in settings.items() if key not in OURS or key == "device"}
-    with tempfile.TemporaryDirectory(prefix="fgd_doctor_") as folder:
+        if event != "on_train_start":
+            return
+        line, expected = inherit_into(trainer, teachers[0], config.inherit)
+        text = line or "The student begins with the weights that it has."
+        found.append(Finding("green" if expected else "yellow", "start", text))
         try:
-            model.train(
-                trainer=trainer, project=folder, name="doctor", amp=False, plots=False, verbose=False, **settings
-            )
-        except _Examined:
-            pass
+            session = TrainingSession(trainer, fuse_files(teachers, files, config.teacher), config)
+        except ConfigError:
+            raise
+        except (TapError, ValueError) as error:
+            found.append(red("levels", str(error), "Choose a teacher or taps whose levels fit."))
+            raise _Examined from None
+        try:
+            found.extend(_check(trainer, session))
+        finally:
+            session.remove()
+        raise _Examined
+
+    trainer = type("ExaminedTrainer", (model.task_map[model.task]["trainer"],), {"run_callbacks": run_callbacks})
+    settings = {key: value for key, value in settings.items() if key not in OURS}
+    with tempfile.TemporaryDirectory(prefix="fgd_doctor_") as folder, contextlib.suppress(_Examined):
+        settings |= {"project": folder, "name": "doctor", "amp": False, "plots": False, "verbose": False}
+        try:
+            model.train(trainer=trainer, **settings)
         except SyntaxError as error:  # Ultralytics' own word for an unknown key
             raise ConfigError(str(error)) from error
     return found
 
 
-def _check(trainer: Any, run: TrainingRun) -> list[Finding]:
+def _check(trainer: Any, session: TrainingSession) -> list[Finding]:
     """Examine one real training batch in a trainer that is set up."""
     trainer.model.train()
     batch = trainer.preprocess_batch(next(iter(trainer.train_loader)))
-    run.distiller.set_epoch(0, trainer.epochs)
+    distiller, images = session.distiller, batch["img"]
+    distiller.set_epoch(0, trainer.epochs)
 
     def loss() -> Tensor:
-        total: Tensor = trainer.model(batch)[0].sum() / images_counted(run.model, batch["img"])  # as the distillation's
+        total: Tensor = trainer.model(batch)[0].sum() / images_counted(session.model, images)  # as the distillation's
         return total
 
-    report = diagnose(run.distiller, batch["img"], run.boxes_of(batch), loss=loss, optimizer=run.optimizer)
-    cost = extra_cost(run.distiller, trainer.batch_size, int(trainer.args.imgsz))
-    return [Finding("green", "cost", f"{cost}."), *report.findings]
+    report = diagnose(distiller, images, session.boxes_of(batch), loss=loss, optimizer=session.optimizer)
+    cost = extra_cost(distiller, trainer.batch_size, int(trainer.args.imgsz))
+    return [green("cost", f"{cost}."), *report.findings]
 
 
 def check_quality(teacher: str, student: str | None, data: str, settings: dict[str, Any]) -> Finding:
@@ -160,28 +155,25 @@ def check_quality(teacher: str, student: str | None, data: str, settings: dict[s
         result = evaluate(teacher, data, limit=EVALUATED, **settings)
     except (DataError, ModuleNotFoundError) as error:  # the latter: YOLO-World and YOLOE without their text encoder
         mend = "Well if the teacher has other classes or another task; else train it on this data and look at its mAP."
-        return Finding("yellow", name, f"It could not be measured: {error}.", mend)
+        return yellow(name, f"It could not be measured: {error}.", mend)
     theirs = result.map50_95 or 0.0  # None only where the images have no box, which evaluate() refuses
-    values = {"teacher": theirs}
+    own, values = -math.inf, {"teacher": theirs}
     found = f"mAP50-95 of the teacher on {result.images} validation images: {100 * theirs:.1f}"
-    own = None
     if student is not None:
         try:
-            own = evaluate(student, data, limit=EVALUATED, **settings).map50_95 or 0.0
-            values["student"] = own
+            own = values["student"] = evaluate(student, data, limit=EVALUATED, **settings).map50_95 or 0.0
             found += f", of the student as it is {100 * own:.1f}"
         except DataError:
             found += "; the student was trained on other classes"
-    found += "."
     train_first = "Train the teacher on this data first, or use one that was; a weak teacher teaches its errors."
-    if theirs < NOTHING:
-        return Finding("red", name, f"{found} It finds next to nothing.", train_first, values)
-    if own is not None and own > theirs + NOISE:
-        mend = "Use a better teacher (bigger, or trained longer); were the two files swapped?"
-        return Finding("red", name, f"{found} The student is better than the teacher.", mend, values)
-    if own is not None and own > theirs - NOISE:
-        mend = "Use a better teacher (bigger, or trained longer); this one has little to teach."
-        return Finding("yellow", name, f"{found} The teacher is no better than the student.", mend, values)
-    if theirs < WEAK:
-        return Finding("yellow", name, f"{found} That is weak.", train_first, values)
-    return Finding("green", name, found, "", values)
+    better = "Use a better teacher (bigger, or trained longer)"
+    swapped, little = f"{better}; were the two files swapped?", f"{better}; this one has little to teach."
+    for holds, colour, said, mend in (
+        (theirs < NOTHING, red, "It finds next to nothing.", train_first),
+        (own > theirs + NOISE, red, "The student is better than the teacher.", swapped),
+        (own > theirs - NOISE, yellow, "The teacher is no better than the student.", little),
+        (theirs < WEAK, yellow, "That is weak.", train_first),
+    ):
+        if holds:
+            return colour(name, f"{found}. {said}", mend, values)
+    return green(name, f"{found}.", values)

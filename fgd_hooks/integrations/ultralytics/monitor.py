@@ -1,20 +1,16 @@
-"""What a training leaves to read: settings, TensorBoard scalars and pictures, the lines at its start."""
+"""What a training says and shows of its distillation: lines in the host's log, scalars and pictures in TensorBoard."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import dataclasses
 import logging
 import math
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from fgd_hooks.config import FGDConfig, TeacherShare, config_to_dict, load_config, save_config
+from fgd_hooks.config import FGDConfig
 from fgd_hooks.diagnostics.attention import LevelSheet, attention_distances, attention_sheets
 from fgd_hooks.diagnostics.cost import extra_cost
 from fgd_hooks.diagnostics.doctor import first_step
@@ -23,114 +19,155 @@ from fgd_hooks.diagnostics.tensorboard import (
     EPOCH_MAP,
     FINAL_MAP,
     FINAL_MAP50,
+    distillation_scalars,
     hyper_parameters,
     write_hyper_parameters,
+    write_layout,
     write_scalars,
     write_sheets,
 )
 from fgd_hooks.distiller import Distilled, Distiller
-from fgd_hooks.errors import ConfigError
-from fgd_hooks.evaluation.runs import MAP, MAP50, SHOWN_KEYS, flat
+from fgd_hooks.evaluation.runs import MAP, MAP50
 from fgd_hooks.masks import PackedBoxes
 from fgd_hooks.utils.modules import gradient_norm
 from fgd_hooks.utils.preserve import RandomState
 
-logger = logging.getLogger("ultralytics")
-
-
-SETTINGS_FILE = "fgd.yaml"
-
+logger = logging.getLogger("ultralytics")  # the host's own console and log file
 
 HOST_SETTINGS = ("model", "data", "epochs", "batch", "imgsz", "optimizer", "lr0", "seed")
 
-
-def named_config(config: FGDConfig, teacher: Any) -> FGDConfig:
-    """The configuration with the teacher's name in it, or those of several: the file, else the class."""
-    config = copy.deepcopy(config)
-    if isinstance(teacher, (list, tuple)):
-        shares = config.teachers or [TeacherShare() for _ in teacher]
-        named = [dataclasses.replace(share, name=_name(one)) for share, one in zip(shares, teacher, strict=False)]
-        return dataclasses.replace(config, teachers=named)
-    config.teacher.name = _name(teacher)
-    return config
-
-
-def _name(teacher: Any) -> str:
-    path = teacher if isinstance(teacher, (str, Path)) else getattr(teacher, "ckpt_path", None)
-    return str(path) if path else type(teacher).__name__
-
-
-def save_settings(config: FGDConfig, folder: Path) -> None:
-    """Write the settings of the distillation beside Ultralytics' ``args.yaml``; ``config=fgd.yaml`` repeats them."""
-    try:
-        save_config(config, folder / SETTINGS_FILE)
-    except OSError as error:
-        logger.warning("FGD: %s could not be written (%s); the training goes on.", SETTINGS_FILE, error)
-
-
-def changed_settings(config: FGDConfig, folder: Path) -> dict[str, tuple[Any, Any]]:
-    """What differs from the settings that a run was begun with: dotted key, then the value there and the value now.
-
-    Empty where there is no record, or one that cannot be read any more.
-    """
-    file = folder / SETTINGS_FILE
-    try:
-        before = flat(config_to_dict(load_config(file)))
-    except (FileNotFoundError, ConfigError):
-        return {}
-    now = flat(config_to_dict(config))
-    changed = {key: (before.get(key), now[key]) for key in now if before.get(key) != now[key] and key not in SHOWN_KEYS}
-    teachers = [Path(str(name)).name for name in changed.get("fgd.teacher.name", ())]
-    if teachers and teachers[0] == teachers[1]:
-        del changed["fgd.teacher.name"]  # the same file by another path
-    return changed
-
-
-def keep_settings(folder: Path) -> Path:
-    """Keep the settings that a run was begun with beside those that it goes on with; returns the file."""
-    kept = folder / "fgd-begun.yaml"
-    if not kept.is_file():
-        with contextlib.suppress(OSError):
-            shutil.copyfile(folder / SETTINGS_FILE, kept)
-    return kept
-
-
-def write_epoch(writer: Any, trainer: Any) -> None:
-    """Write the mAP of a validated epoch under a name that TensorBoard's page of charts can draw."""
-    value = (trainer.metrics or {}).get(MAP)
-    if value is not None and (trainer.args.val or trainer.epoch + 1 >= trainer.epochs):
-        writer.add_scalar(EPOCH_MAP, float(value), trainer.epoch + 1)
-
-
-def write_run(writer: Any, trainer: Any, config: FGDConfig, last: Mapping[str, float]) -> None:
-    """Write the run's row of TensorBoard's table of hyper-parameters.
-
-    Args:
-        writer: a ``SummaryWriter``.
-        trainer: at the end of its training, when its ``metrics`` are those of ``best.pt``.
-        config: of the distillation.
-        last: Ultralytics' metrics of the last epoch.
-    """
-    host = {key: getattr(trainer.args, key) for key in HOST_SETTINGS}
-    host["epochs"] = trainer.epochs
-    plain = {key: value if isinstance(value, (int, float)) else Path(str(value)).name for key, value in host.items()}
-    best = (trainer.metrics or {}).get(MAP)
-    found = {FINAL_MAP: last.get(MAP), FINAL_MAP50: last.get(MAP50), BEST_MAP: best}
-    metrics = {tag: float(value) for tag, value in found.items() if value is not None}
-    write_hyper_parameters(writer, hyper_parameters(config, **plain), metrics, trainer.epochs)
-
-
-logger = logging.getLogger("ultralytics")
-
+PATIENCE = 5  # distilling batches that are waited for one with objects and a finite gradient
 
 WATCHED, PICTURED = 4, 2
 """So many fixed validation images give the attention distance; so many of them are drawn."""
 
-
 WATCH_STEPS, PICTURE_STEPS, PICTURE_EPOCHS = 50, 500, 10
 """Unless an interval is given: at least so many training steps from one distance to the next, and so many steps and
-epochs from one set of pictures to the next. A distance costs about as much as one step, a set of pictures as much as 15
+epochs from one set of pictures to the next. A distance costs about as much as one step, a set of pictures as much as 20
 on a CPU (yolo26n at 192 pixels), so that epochs of a few steps would cost more to watch than to train."""
+
+BoxesOf = Callable[[Mapping[str, Tensor]], PackedBoxes]
+
+
+class TrainingMonitor:
+    """Reports one training, on its first rank; it only reads what the training leaves behind.
+
+    Args:
+        trainer: Ultralytics', when model and loaders exist.
+        distiller: of the training.
+        config: of the distillation.
+        boxes_of: packs the boxes of a collated batch.
+    """
+
+    def __init__(self, trainer: Any, distiller: Distiller, config: FGDConfig, boxes_of: BoxesOf) -> None:
+        self.trainer = trainer
+        self.distiller = distiller
+        self.config = config
+        self.boxes_of = boxes_of
+        self.seen: tuple[Distilled, PackedBoxes] | None = None  # the step to look at
+        self.patience = PATIENCE
+        self.writer: Any = None
+        self.owns_writer = False
+        self.watch: AttentionWatch | None = None
+        self.trained_epoch = -1
+        self.last_metrics: dict[str, float] = {}
+
+    def open(self) -> None:
+        """Open TensorBoard: Ultralytics' writer where it has one, else one of our own in the same directory."""
+        self.announce()
+        if self.config.log_interval == 0:
+            return
+        from ultralytics.utils.callbacks import tensorboard
+
+        self.writer = getattr(tensorboard, "WRITER", None)
+        if self.writer is None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                logger.warning("FGD: tensorboard is not installed; its scalars are not written.")
+                return
+            self.writer, self.owns_writer = SummaryWriter(str(self.trainer.save_dir)), True
+        write_layout(self.writer, self.distiller.level_names)
+        dataset = self.trainer.test_loader.dataset
+        self.watch = AttentionWatch(self.distiller, dataset, self.boxes_of, self.config.image_interval)
+
+    def close(self) -> None:
+        """Close TensorBoard, if it is our own."""
+        if self.owns_writer:
+            self.writer.close()
+
+    def announce(self) -> None:
+        """Say in one line what is distilled into what, and what that costs per step of one process."""
+        batch = int(self.trainer.batch_size) // max(1, int(self.trainer.world_size))
+        try:
+            logger.info("FGD: %s.", extra_cost(self.distiller, batch, int(self.trainer.args.imgsz)))
+        except Exception as error:  # the line is a service: a teacher that takes no zeros must not end the training
+            logger.info("FGD: %s", self.distiller.describe().replace("\n", "\nFGD: "))
+            logger.warning("FGD: the cost per step could not be computed: %s", error)
+
+    def see(self, distilled: Distilled, boxes: PackedBoxes) -> None:
+        """Note a step before its backward pass, until one was looked at."""
+        if self.patience and distilled.weight:
+            self.seen = distilled, boxes
+
+    def look(self, stepped_norm: float) -> None:
+        """After the first distilling step: say whether all is well.
+
+        A step whose batch has no object, or at which no finite gradient arrived (a gradient scaler's first steps), is
+        passed over, ``PATIENCE`` times at most. ``stepped_norm`` is the norm of the parameters' gradient when their
+        optimizer stepped; else their gradients are still there.
+        """
+        if self.seen is None:
+            return
+        (distilled, boxes), self.seen = self.seen, None
+        parameters = list(self.distiller.parameters())
+        norm = stepped_norm or gradient_norm(p.grad for p in parameters)
+        arrived = 0 < norm < math.inf or not parameters
+        self.patience -= 1
+        if self.patience and not (len(boxes) and arrived):
+            return
+        self.patience = 0
+        report = first_step(self.distiller, distilled, boxes, norm)
+        if not report.troubles:
+            names = ", ".join(finding.name for finding in report.findings)
+            logger.info("FGD: the first distilling step is well (%s).", names)
+        for finding in report.troubles:
+            logger.warning("FGD: %s", finding)
+
+    def end_batch(self, distilled: Distilled | None, task_loss: Tensor | None, stepped_norm: float) -> None:
+        """Write the scalars of the last step that distilled, every ``log_interval`` steps; the axis is all steps."""
+        self.look(stepped_norm)
+        step = self.distiller.clock.step - 1
+        if self.writer is None or distilled is None or step % self.config.log_interval:
+            return
+        scalars = distillation_scalars(self.distiller, distilled, None if task_loss is None else float(task_loss))
+        write_scalars(self.writer, {**scalars, "fgd/adapter_gradient_norm": stepped_norm}, step)
+
+    def end_epoch(self) -> None:
+        """Write what belongs to a validated epoch; the axis is epochs. Ultralytics' own scalars if it writes none."""
+        trainer, metrics, done = self.trainer, dict(self.trainer.metrics or {}), self.trainer.epoch + 1
+        if trainer.epoch == self.trained_epoch:  # Ultralytics comes here once more, one epoch on, with best.pt
+            self.last_metrics = metrics
+            validated = trainer.args.val or done >= trainer.epochs
+            if self.writer is not None and MAP in metrics and validated:
+                write_scalars(self.writer, {EPOCH_MAP: float(metrics[MAP])}, done)
+            if self.watch is not None:
+                student = trainer.ema.ema if trainer.ema else self.distiller.student
+                self.watch.write(self.writer, student, trainer.epoch, last=trainer.stop)
+        if self.owns_writer and trainer.tloss is not None:
+            host = {**trainer.label_loss_items(trainer.tloss), **metrics, **trainer.lr}
+            write_scalars(self.writer, {name: float(value) for name, value in host.items()}, done)
+
+    def end_run(self) -> None:
+        """Write the run's row of TensorBoard's table; the trainer's ``metrics`` are those of ``best.pt`` then."""
+        if self.writer is None:
+            return
+        trainer, last, best = self.trainer, self.last_metrics, self.trainer.metrics or {}
+        host = {**{key: getattr(trainer.args, key) for key in HOST_SETTINGS}, "epochs": trainer.epochs}
+        plain = {k: value if isinstance(value, (int, float)) else Path(str(value)).name for k, value in host.items()}
+        found = {FINAL_MAP: last.get(MAP), FINAL_MAP50: last.get(MAP50), BEST_MAP: best.get(MAP)}
+        metrics = {tag: float(value) for tag, value in found.items() if value is not None}
+        write_hyper_parameters(self.writer, hyper_parameters(self.config, **plain), metrics, trainer.epochs)
 
 
 class AttentionWatch:
@@ -149,13 +186,7 @@ class AttentionWatch:
             epoch have both in any case.
     """
 
-    def __init__(
-        self,
-        distiller: Distiller,
-        dataset: Any,
-        boxes_of: Callable[[Mapping[str, Tensor]], PackedBoxes],
-        interval: int | None,
-    ) -> None:
+    def __init__(self, distiller: Distiller, dataset: Any, boxes_of: BoxesOf, interval: int | None) -> None:
         self.distiller = distiller
         self.dataset = dataset
         self.boxes_of = boxes_of
@@ -180,8 +211,7 @@ class AttentionWatch:
             distances = {f"fgd/attention_distance/{k}": v for k, v in attention_distances(sheets).items()}
             write_scalars(writer, distances, epoch + 1)
             if drawn:
-                pictured = sheets[: PICTURED * len(self.distiller.pairs)]
-                write_sheets(writer, pictured, epoch + 1)
+                write_sheets(writer, sheets[: PICTURED * len(self.distiller.pairs)], epoch + 1)
         except Exception as error:  # a picture is not worth a training
             self.failed = True
             logger.warning("FGD: attention is no longer watched (%s: %s).", type(error).__name__, error)
@@ -203,11 +233,9 @@ class AttentionWatch:
             self._batches = fixed_batches(self.dataset, WATCHED)
             state.restore()
         found: list[LevelSheet] = []
-        for number, batch in enumerate(self._batches):
-            images = batch["img"].float() / 255
-            found += attention_sheets(
-                self.distiller, student, images, self.boxes_of(batch), names=[f"validation image {number + 1}"]
-            )
+        for number, batch in enumerate(self._batches, 1):
+            images, boxes = batch["img"].float() / 255, self.boxes_of(batch)
+            found += attention_sheets(self.distiller, student, images, boxes, names=[f"validation image {number}"])
         return found
 
 
@@ -218,63 +246,3 @@ def fixed_batches(dataset: Any, count: int) -> list[Mapping[str, Tensor]]:
     count = min(count, len(usable))
     chosen = [usable[number * len(usable) // count] for number in range(count)]
     return [dataset.collate_fn([dataset[number]]) for number in chosen]
-
-
-logger = logging.getLogger("ultralytics")  # the host's own console and log file
-
-
-PATIENCE = 5  # distilling batches that are waited for one with objects and a finite gradient
-
-
-def announce(distiller: Distiller, batch: int, size: int) -> None:
-    """Say in one line what is distilled into what, and what that costs per step of ``batch`` images."""
-    try:
-        logger.info("FGD: %s.", extra_cost(distiller, batch, size))
-    except Exception as error:  # the line is a service: a teacher that takes no zeros must not end the training for it
-        logger.info("FGD: %s", distiller.describe().replace("\n", "\nFGD: "))
-        logger.warning("FGD: the cost per step could not be computed: %s", error)
-
-
-class FirstLook:
-    """Looks once at a distilling step and says whether all is well. It only reads what the step leaves behind.
-
-    A step whose batch has no object, or at which no finite gradient arrived (a gradient scaler's first steps), is
-    passed over, ``PATIENCE`` times at most.
-
-    Args:
-        distiller: at work.
-        parameters: of adapters and losses.
-    """
-
-    def __init__(self, distiller: Distiller, parameters: Sequence[nn.Parameter]) -> None:
-        self.distiller = distiller
-        self.parameters = parameters
-        self.patience = PATIENCE
-        self.seen: tuple[Distilled, PackedBoxes] | None = None
-
-    def see(self, distilled: Distilled, boxes: PackedBoxes) -> None:
-        """Note a step before its backward pass."""
-        if self.patience and distilled.weight:
-            self.seen = distilled, boxes
-
-    def look(self, stepped_norm: float) -> None:
-        """After the step: look, and say what was found.
-
-        Args:
-            stepped_norm: norm of the parameters' gradient when their optimizer stepped; else their gradients are there.
-        """
-        if self.seen is None:
-            return
-        (distilled, boxes), self.seen = self.seen, None
-        norm = stepped_norm or gradient_norm(p.grad for p in self.parameters)
-        arrived = 0 < norm < math.inf or not self.parameters
-        self.patience -= 1
-        if self.patience and not (len(boxes) and arrived):
-            return
-        self.patience = 0
-        report = first_step(self.distiller, distilled, boxes, norm)
-        if not report.troubles:
-            names = ", ".join(finding.name for finding in report.findings)
-            logger.info("FGD: the first distilling step is well (%s).", names)
-        for finding in report.troubles:
-            logger.warning("FGD: %s", finding)

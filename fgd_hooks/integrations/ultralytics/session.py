@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import logging
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from fgd_hooks.config import FGDConfig
-from fgd_hooks.diagnostics.tensorboard import distillation_scalars, write_layout, write_scalars
 from fgd_hooks.distiller import Distilled, Distiller
 from fgd_hooks.integrations.ultralytics.boxes import boxes_of, mask_boxes_of
 from fgd_hooks.integrations.ultralytics.checkpoint import DistillationCheckpoint
 from fgd_hooks.integrations.ultralytics.compat import DistillingLoss, drop_loss, images_counted
-from fgd_hooks.integrations.ultralytics.monitor import (
-    AttentionWatch,
-    FirstLook,
-    announce,
-    changed_settings,
-    keep_settings,
-    save_settings,
-    write_epoch,
-    write_run,
-)
+from fgd_hooks.integrations.ultralytics.monitor import TrainingMonitor
+from fgd_hooks.integrations.ultralytics.settings import record_settings
 from fgd_hooks.integrations.ultralytics.teacher import fast_dtype, with_score_taps
 from fgd_hooks.masks import PackedBoxes
 from fgd_hooks.taps.hooks import LiveHook, scrub
@@ -38,30 +28,24 @@ from fgd_hooks.utils.checkpoint import LAST_CHECKPOINT, remove_leftovers
 from fgd_hooks.utils.distributed import is_distributed
 from fgd_hooks.utils.modules import unwrap
 
-logger = logging.getLogger("ultralytics")  # the host's own console and log file
-
-
 _SHORT = {"foreground": "fg", "background": "bg", "attention": "att", "global": "glob"}
 
 
-class _BatchSeen(LiveHook):
-    def __init__(self, run: TrainingRun) -> None:
-        self.run = run
+class _Hook(LiveHook):
+    """Calls a method of the session; a copy of it, in a copy of the model, does nothing."""
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.run.batch_arrives(args[0] if args else None)
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self.method = method
 
-
-class _LossAdded(LiveHook):
-    def __init__(self, run: TrainingRun) -> None:
-        self.run = run
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return self.run.add_loss(output)
+    def __call__(self, *args: Any) -> Any:
+        return self.method(*args)
 
 
-class TrainingRun:
-    """One training: the distiller, its optimizer, and the hooks on model and optimizer."""
+class TrainingSession:
+    """One training: the distiller, its optimizer, and the hooks on model and optimizer.
+
+    The methods ``on_...`` are called at Ultralytics' events of these names.
+    """
 
     def __init__(self, trainer: Any, teachers: Sequence[nn.Module], config: FGDConfig) -> None:
         self.trainer = weakref.proxy(trainer)
@@ -74,11 +58,7 @@ class TrainingRun:
         self.gradient_norm = 0.0
         self.ema_model = trainer.ema.ema if trainer.ema else None
         self.handles: list[Any] = []
-        self.writer: Any = None
-        self.owns_writer = False
-        self.watch: AttentionWatch | None = None
-        self.trained_epoch = -1
-        self.last_metrics: dict[str, float] = {}
+        self.monitor: TrainingMonitor | None = None  # on the first rank
         self.compiled = bool(getattr(trainer.args, "compile", False))
         if config.teacher.dtype == "auto" and not trainer.amp:
             config = copy.deepcopy(config)
@@ -90,7 +70,6 @@ class TrainingRun:
         self.distiller.taps.enabled = self.compiled
         self.parallel: nn.Module = self.distiller
         self.parameters = list(self.distiller.parameters())  # none with identity adapters and a loss without weights
-        self.first_look = FirstLook(self.distiller, self.parameters)
         self.optimizer: torch.optim.AdamW | None = None
         if self.parameters:
             self.optimizer = torch.optim.AdamW(
@@ -102,39 +81,36 @@ class TrainingRun:
         self.checkpoint = DistillationCheckpoint(self.distiller, self.optimizer)
 
     def install(self) -> None:
-        """Register the hooks, read the side file when resuming, open TensorBoard."""
-        trainer = self.trainer
+        """Register the hooks, read the side file when resuming, open TensorBoard; all or nothing."""
+        trainer, first = self.trainer, is_first_rank()
         try:
-            if is_first_rank():
+            if first:
                 remove_leftovers(Path(trainer.wdir) / LAST_CHECKPOINT)
             if self.parameters and is_distributed():
-                # our parameters are outside the trainer's DDP; without one of their own the ranks would drift apart.
-                # A part with the weight 0 leaves its context block without gradient
-                unused = self.config.has_zero_weights
-                new = torch.__version__ >= "2.13"  # the older name warns there, on each rank
-                buffers: Any = {"forward_sync_buffers" if new else "broadcast_buffers": False}
-                self.parallel = nn.parallel.DistributedDataParallel(
-                    self.distiller, find_unused_parameters=unused, **buffers
-                )
+                self.parallel = self._in_parallel()
             if trainer.resume:
                 self.checkpoint.resume(Path(str(trainer.args.resume)).parent, trainer.start_epoch)
             self.handles = [trainer.optimizer.register_step_post_hook(self.step)]
             if self.compiled:
                 self.handles.append(DistillingLoss(self.model, self.add_loss_of))
             else:
-                self.handles.append(self.model.register_forward_pre_hook(_BatchSeen(self)))
-                self.handles.append(self.model.register_forward_hook(_LossAdded(self)))
-            if is_first_rank():
-                if trainer.resume:
-                    self.compare_settings(Path(trainer.save_dir))
-                save_settings(self.config, Path(trainer.save_dir))
-                self.open_writer()
+                self.handles.append(self.model.register_forward_pre_hook(_Hook(self._batch_arrives)))
+                self.handles.append(self.model.register_forward_hook(_Hook(self._add_loss)))
+            if first:
+                record_settings(self.config, Path(trainer.save_dir), resumed=bool(trainer.resume))
+                self.monitor = TrainingMonitor(trainer, self.distiller, self.config, self.boxes_of)
+                self.monitor.open()
         except BaseException:
             self.remove()
             raise
-        if is_first_rank():
-            batch = int(trainer.batch_size) // max(1, int(trainer.world_size))
-            announce(self.distiller, batch, int(trainer.args.imgsz))
+
+    def _in_parallel(self) -> nn.Module:
+        """The distiller in a DDP of its own: it is outside the trainer's, and the ranks would drift apart."""
+        # a part with the weight 0 leaves its context block without gradient
+        unused = self.config.has_zero_weights
+        new = torch.__version__ >= "2.13"  # the older name warns there, on each rank
+        buffers: Any = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+        return nn.parallel.DistributedDataParallel(self.distiller, find_unused_parameters=unused, **buffers)
 
     def remove(self) -> None:
         """Leave model, optimizer and teacher as they were found."""
@@ -143,20 +119,20 @@ class TrainingRun:
         self.handles = []
         self.distiller.detach()
         self.batch = self.distilled = self.task_loss = None
-        if self.owns_writer and self.writer is not None:
-            self.writer.close()
-        self.writer = self.watch = None
+        if self.monitor is not None:
+            self.monitor.close()
+        self.monitor = None
 
     # the loss
 
-    def batch_arrives(self, batch: Any) -> None:
+    def _batch_arrives(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook of the model: remember a training batch and listen to the student's taps."""
-        self.batch = None
+        self.batch, batch = None, args[0] if args else None
         if isinstance(batch, dict) and self.model.training and torch.is_grad_enabled():
             self.batch = batch
             self.distiller.taps.enabled = True
 
-    def add_loss(self, output: Any) -> Any:
+    def _add_loss(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook of the model: append the distillation loss to the loss vector and to its named items."""
         batch, self.batch = self.batch, None
         self.distiller.taps.enabled = False
@@ -174,7 +150,8 @@ class TrainingRun:
         # what is kept must not hold the graph: after out of memory the next forward pass needs its place
         loss = distilled.loss
         distilled = dataclasses.replace(distilled, loss=loss.detach())
-        self.first_look.see(distilled, boxes)
+        if self.monitor is not None:
+            self.monitor.see(distilled, boxes)
         if self.distilled is None or not distilled.resting:
             self.distilled = distilled  # a step that rests goes on showing the last one's parts
         # a YOLO loss is the sum over the images of a batch, its items are per image
@@ -218,14 +195,18 @@ class TrainingRun:
             self.optimizer.step()
         self.distiller.zero_grad()
 
-    def begin_epoch(self) -> None:
+    # the events
+
+    def on_train_epoch_start(self) -> None:
         """Set the schedule's clock, and mend what an out-of-memory retry or a NaN recovery left behind."""
         trainer = self.trainer
         self.distiller.set_epoch(trainer.epoch, trainer.epochs)
         self.distiller.taps.clear()
         self.distiller.balance.forget()
-        self.batch = self.task_loss = self.first_look.seen = None
-        self.drop_stale_gradients()
+        self.batch = self.task_loss = None
+        if self.monitor is not None:
+            self.monitor.seen = None
+        self._drop_stale_gradients()
         ema = trainer.ema.ema if trainer.ema else None
         if ema is not None and ema is not self.ema_model:
             # NaN recovery made the EMA anew, as a copy of the hooked model, and went back to the last checkpoint
@@ -236,79 +217,36 @@ class TrainingRun:
                 self.checkpoint.load(Path(trainer.wdir))
             self.distiller.zero_grad()
 
-    def end_epoch(self) -> None:
+    def on_train_batch_end(self) -> None:
+        """Report the step."""
+        self._drop_stale_gradients()
+        if self.monitor is not None:
+            self.monitor.end_batch(self.distilled, self.task_loss, self.gradient_norm)
+
+    def on_train_epoch_end(self) -> None:
         """Take in a measurement that the epoch's last step began; all ranks come here, before one of them saves."""
         self.distiller.balance.close()
-        self.trained_epoch = self.trainer.epoch
+        if self.monitor is not None:
+            self.monitor.trained_epoch = self.trainer.epoch
 
-    def drop_stale_gradients(self) -> None:
+    def on_model_save(self) -> None:
+        """Write the side file beside ``last.pt``; Ultralytics calls this on the first rank."""
+        self.checkpoint.save(Path(self.trainer.wdir), int(self.trainer.epoch))
+
+    def on_fit_epoch_end(self) -> None:
+        """Report the validated epoch."""
+        if self.monitor is not None:
+            self.monitor.end_epoch()
+
+    def on_train_end(self) -> None:
+        """Report the run."""
+        if self.monitor is not None:
+            self.monitor.end_run()
+
+    def _drop_stale_gradients(self) -> None:
         """Clear our gradients where the host has cleared its own without a step (a scaler's skip, out of memory)."""
         if any(p.grad is not None for p in self.parameters) and all(p.grad is None for p in self.model.parameters()):
             self.distiller.zero_grad()
-
-    # what is read and written
-
-    def compare_settings(self, folder: Path) -> None:
-        """Say with which other settings a resumed training was begun, and keep them before they are overwritten."""
-        changed = changed_settings(self.config, folder)
-        if changed:
-            texts = [f"{key}={was} (now {now})" for key, (was, now) in changed.items()]
-            logger.warning(
-                "FGD: this training was begun with %s. To go on as it was begun, resume it with config=%s.",
-                ", ".join(texts),
-                keep_settings(folder),
-            )
-
-    # TensorBoard
-
-    def open_writer(self) -> None:
-        """Use Ultralytics' writer where it has one, else one of our own in the same directory (rank 0 only)."""
-        if self.config.log_interval == 0:
-            return
-        from ultralytics.utils.callbacks import tensorboard
-
-        self.writer = getattr(tensorboard, "WRITER", None)
-        if self.writer is None:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                logger.warning("FGD: tensorboard is not installed; its scalars are not written.")
-                return
-            self.writer, self.owns_writer = SummaryWriter(str(self.trainer.save_dir)), True
-        write_layout(self.writer, self.distiller.level_names)
-        dataset = self.trainer.test_loader.dataset
-        self.watch = AttentionWatch(self.distiller, dataset, self.boxes_of, self.config.image_interval)
-
-    def end_batch(self) -> None:
-        """Write this step's scalars; the axis is the number of training steps."""
-        self.drop_stale_gradients()
-        self.first_look.look(self.gradient_norm)
-        clock = self.distiller.clock
-        if self.writer is None or self.distilled is None or (clock.step - 1) % self.config.log_interval:
-            return
-        task_loss = float(self.task_loss) if self.task_loss is not None else None
-        scalars = distillation_scalars(self.distiller, self.distilled, task_loss)
-        scalars["fgd/adapter_gradient_norm"] = self.gradient_norm
-        write_scalars(self.writer, scalars, clock.step - 1)
-
-    def log_epoch(self) -> None:
-        """Write Ultralytics' own scalars of the epoch where it writes none itself; the axis is the epoch."""
-        trainer = self.trainer
-        if trainer.epoch == self.trained_epoch:  # Ultralytics comes here once more, one epoch on, with best.pt
-            self.last_metrics = dict(trainer.metrics or {})
-            if self.writer is not None:
-                write_epoch(self.writer, trainer)
-            if self.watch is not None:
-                student = trainer.ema.ema if trainer.ema else self.model
-                self.watch.write(self.writer, student, trainer.epoch, last=trainer.stop)
-        if self.owns_writer and self.writer is not None and trainer.tloss is not None:
-            host = {**trainer.label_loss_items(trainer.tloss), **(trainer.metrics or {}), **trainer.lr}
-            write_scalars(self.writer, {name: float(value) for name, value in host.items()}, trainer.epoch + 1)
-
-    def log_run(self) -> None:
-        """At the end of a training: write the run's row of TensorBoard's table of hyper-parameters (rank 0)."""
-        if self.writer is not None:
-            write_run(self.writer, self.trainer, self.config, self.last_metrics)
 
 
 def is_first_rank() -> bool:

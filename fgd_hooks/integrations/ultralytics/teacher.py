@@ -52,12 +52,9 @@ def load_teachers(teacher: Any) -> list[nn.Module]:
 
 
 def fuse_files(modules: Sequence[nn.Module], teacher: Any, settings: TeacherConfig) -> list[nn.Module]:
-    """The loaded teachers, fused where they come from files and ``settings.fuse`` asks for it; others stay as they are.
+    """What :func:`load_teachers` made of ``teacher``, fused where it was a file and the settings ask for it.
 
-    Args:
-        modules: from :func:`load_teachers`, after the student has inherited: it cannot from fused layers.
-        teacher: what they were loaded from.
-        settings: of the teachers.
+    To be called after the student has inherited: it cannot from fused layers.
     """
     each = zip(modules, as_list(teacher), strict=True)
     return [fused(module) if settings.fuse and isinstance(given, (str, Path)) else module for module, given in each]
@@ -66,6 +63,19 @@ def fuse_files(modules: Sequence[nn.Module], teacher: Any, settings: TeacherConf
 def as_list(teacher: Any) -> list[Any]:
     """One teacher or several, as a list."""
     return list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
+
+
+def file_of(teacher: Any) -> str | None:
+    """The weights file that a teacher is, or that a ``YOLO`` object was loaded from; None for any other."""
+    if isinstance(teacher, (str, Path)):
+        return str(teacher)
+    file = getattr(teacher, "ckpt_path", None)
+    return str(file) if file and Path(str(file)).is_file() else None
+
+
+def name_of(teacher: Any) -> str:
+    """What a teacher is noted as: its file, else its class."""
+    return file_of(teacher) or type(teacher).__name__
 
 
 def with_score_taps(config: FGDConfig, teachers: Sequence[nn.Module]) -> FGDConfig:

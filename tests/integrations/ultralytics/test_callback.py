@@ -15,7 +15,7 @@ from fgd_hooks.config import load_config
 from fgd_hooks.errors import ConfigError, TeacherError
 from fgd_hooks.integrations.ultralytics.boxes import boxes_of
 from fgd_hooks.integrations.ultralytics.callback import EVENTS
-from fgd_hooks.integrations.ultralytics.session import TrainingRun
+from fgd_hooks.integrations.ultralytics.session import TrainingSession
 from fgd_hooks.utils.checkpoint import LAST_CHECKPOINT, read_checkpoint, write_checkpoint
 
 PARTS = ["fgd_fg", "fgd_bg", "fgd_att", "fgd_glob"]
@@ -238,7 +238,7 @@ def test_accumulated_gradients_step_the_adapters_with_the_student(train, teacher
     seen = []
 
     def look(trainer):
-        run = callback._runs[trainer]
+        run = callback._sessions[trainer]
         parameter = run.distiller.adapters["P3"].weight
         moments = run.optimizer.state.get(parameter, {})
         seen.append((int(moments.get("step", 0)), parameter.grad is not None))
@@ -256,7 +256,7 @@ def test_adapters_stand_still_where_nothing_is_distilled_even_with_gradients_of_
     seen = []
 
     def look(trainer):
-        run = callback._runs[trainer]
+        run = callback._sessions[trainer]
         seen.append({name: tensor.clone() for name, tensor in run.distiller.state_dict().items()})
 
     callback = FGDCallback(teacher_file, schedule={"stop_epoch": 0.5})
@@ -272,7 +272,7 @@ def test_adapters_skip_the_steps_that_a_fused_optimizer_skips(train, teacher_fil
     seen = []
 
     def look(trainer):
-        run = callback._runs[trainer]
+        run = callback._sessions[trainer]
         before = [parameter.clone() for parameter in run.parameters]
         for overflow in (1.0, 0.0):
             run.taught = True
@@ -350,7 +350,7 @@ def test_the_students_gradient_is_the_stock_one_plus_the_distillations(teacher_f
 
     trainer = Trainer()
     trainer.model = model
-    run = TrainingRun(
+    run = TrainingSession(
         trainer,
         [load_teacher(teacher_file)],
         load_config({"balance": {"mode": "fixed"}, "log_interval": 0, "weight": 50}),
@@ -437,11 +437,11 @@ def test_travels_to_other_processes(teacher_file):
     packed = cloudpickle.dumps(yolo.callbacks)
     assert len(packed) < 200_000, "no teacher travels, only its path"
     received = pickle.loads(packed)
-    handlers = [h for each in received.values() for h in each if getattr(h, "__self__", None).__class__ is FGDCallback]
+    handlers = [h for each in received.values() for h in each if getattr(h, "callback", None).__class__ is FGDCallback]
     assert len(handlers) == len(EVENTS)
-    assert len({id(h.__self__) for h in handlers}) == 1
-    assert handlers[0].__self__.config == callback.config
-    assert handlers[0].__self__.teacher == str(teacher_file)
+    assert len({id(h.callback) for h in handlers}) == 1
+    assert handlers[0].callback.config == callback.config
+    assert handlers[0].callback.teacher == str(teacher_file)
 
 
 # mistakes
@@ -466,7 +466,7 @@ def test_teacher_is_no_checkpoint(student_yaml, tmp_path):
         FGDCallback("yolo26s.yaml").attach(yolo)
     with pytest.raises(TeacherError, match="int"):
         FGDCallback(7).attach(yolo)
-    assert not any(getattr(h, "__self__", None).__class__ is FGDCallback for e in yolo.callbacks.values() for h in e)
+    assert not any(getattr(h, "callback", None).__class__ is FGDCallback for e in yolo.callbacks.values() for h in e)
 
 
 def test_teacher_is_no_detector(student_yaml):

@@ -10,9 +10,10 @@ pytest.importorskip("ultralytics")
 from fgd_hooks import FGDCallback
 from fgd_hooks.cli.main import main
 from fgd_hooks.config import load_config
+from fgd_hooks.diagnostics.report import Finding, Report
 from fgd_hooks.errors import ConfigError
 from fgd_hooks.integrations.ultralytics import doctor as ultralytics_doctor
-from fgd_hooks.integrations.ultralytics import monitor as ultralytics_start
+from fgd_hooks.integrations.ultralytics import monitor as ultralytics_monitor
 from fgd_hooks.integrations.ultralytics import session as ultralytics_run
 from fgd_hooks.integrations.ultralytics.doctor import check_quality, diagnose_training
 
@@ -46,7 +47,7 @@ def diagnosed(teacher_file, student_yaml, data, monkeypatch):
     """``diagnosed("weight=2", freeze=10)``: the report on the tiny models, without measuring mAP."""
     from ultralytics import YOLO
 
-    quality = ultralytics_doctor.Finding("green", "teacher's mAP", "not measured")
+    quality = Finding("green", "teacher's mAP", "not measured")
     monkeypatch.setattr(ultralytics_doctor, "check_quality", lambda *_: quality)
 
     def run(*overrides, teacher=teacher_file, model=student_yaml, **settings):
@@ -80,8 +81,8 @@ def test_command_on_the_users_own_data(teacher_file, student_yaml, data, tmp_pat
 
 def test_exit_codes(monkeypatch, teacher_file, student_yaml, data, capsys):
     def report(status):
-        finding = ultralytics_doctor.Finding(status, "x", "y")
-        monkeypatch.setattr(ultralytics_doctor, "diagnose_training", lambda *_: ultralytics_doctor.Report((finding,)))
+        finding = Finding(status, "x", "y")
+        monkeypatch.setattr(ultralytics_doctor, "diagnose_training", lambda *_: Report((finding,)))
 
     keys = ["doctor", f"teacher={teacher_file}", f"model={student_yaml}", f"data={data}"]
     for status, code, strict in (("green", 0, 0), ("yellow", 0, 1), ("red", 1, 1)):
@@ -231,7 +232,7 @@ def test_a_training_says_what_is_not_well(train, teacher_file, said, monkeypatch
 def test_the_short_form_changes_nothing(train, teacher_file, monkeypatch, settings):
     """The weights after two epochs are the same bit for bit with and without what is said at the start."""
     said = train(FGDCallback(teacher_file), name="said", epochs=2, **settings).trainer.model.state_dict()
-    monkeypatch.setattr(ultralytics_run, "announce", lambda *_: None)
-    monkeypatch.setattr(ultralytics_start.FirstLook, "look", lambda *_: None)
+    monkeypatch.setattr(ultralytics_monitor.TrainingMonitor, "announce", lambda *_: None)
+    monkeypatch.setattr(ultralytics_monitor.TrainingMonitor, "look", lambda *_: None)
     silent = train(FGDCallback(teacher_file), name="silent", epochs=2, **settings).trainer.model.state_dict()
     assert all(torch.equal(value, silent[name]) for name, value in said.items())

@@ -11,10 +11,11 @@ pytest.importorskip("ultralytics")
 
 from fgd_hooks import FGDCallback
 from fgd_hooks.config import load_config
+from fgd_hooks.diagnostics.report import Finding
 from fgd_hooks.integrations.load_model import load_yolo
 from fgd_hooks.integrations.ultralytics import doctor as ultralytics_doctor
 from fgd_hooks.integrations.ultralytics.compat import task_of
-from fgd_hooks.integrations.ultralytics.session import TrainingRun
+from fgd_hooks.integrations.ultralytics.session import TrainingSession
 from fgd_hooks.integrations.ultralytics.teacher import score_taps
 from tests.conftest import TINY, architecture
 from tests.helpers.yolo_data import make
@@ -81,7 +82,7 @@ def distil(train, task_data, monkeypatch):
 
     def run(student, teacher, levels, size=64, config=None, final_eval=False, **settings):
         seen = {"gradients": []}
-        own = TrainingRun.add_loss_of
+        own = TrainingSession.add_loss_of
 
         def add_loss_of(self, batch, output):
             loss, items = own(self, batch, output)
@@ -94,7 +95,7 @@ def distil(train, task_data, monkeypatch):
                     seen["gradients"].append(sum(float(g.norm()) for g in found if g is not None))
             return loss, items
 
-        monkeypatch.setattr(TrainingRun, "add_loss_of", add_loss_of)
+        monkeypatch.setattr(TrainingSession, "add_loss_of", add_loss_of)
         if not final_eval:
             monkeypatch.setattr("ultralytics.engine.trainer.BaseTrainer.final_eval", lambda self: None)
         yolo = load_yolo(str(student))
@@ -238,7 +239,7 @@ def test_class_scores_are_found_where_a_head_has_them(tmp_path, name, found):
 
 @pytest.mark.parametrize("student", ["obb", pytest.param("rtdetr", marks=pytest.mark.slow)])
 def test_the_doctor(student, teacher_file, tmp_path, task_data, rtdetr, monkeypatch):
-    quality = ultralytics_doctor.Finding("green", "teacher's mAP", "not measured")
+    quality = Finding("green", "teacher's mAP", "not measured")
     monkeypatch.setattr(ultralytics_doctor, "check_quality", lambda *_: quality)
     model = load_yolo(str(rtdetr if student == "rtdetr" else tiny(tmp_path, "yolo26n-obb.yaml")))
     data = task_data(model.task)

@@ -6,10 +6,8 @@ import pytest
 
 pytest.importorskip("ultralytics")
 
-from torch import nn
-
-from fgd_hooks import FGDCallback, FGDConfig, load_config
-from fgd_hooks.integrations.ultralytics.monitor import named_config
+from fgd_hooks import FGDCallback, load_config
+from fgd_hooks.integrations.ultralytics.settings import named_config
 from tests.diagnostics.test_tensorboard import hparams_of, layout_of, read
 
 
@@ -53,10 +51,3 @@ def test_a_run_holds_its_settings_its_page_and_its_row(train, teacher_file, stud
 def test_the_stock_run_is_left_alone(train, teacher_file):
     yolo = train(FGDCallback(teacher_file, weight=0))
     assert not (yolo.trainer.save_dir / "fgd.yaml").exists()
-
-
-def test_the_teachers_name():
-    config = FGDConfig()
-    assert named_config(config, "a/b.pt").teacher.name == "a/b.pt"
-    assert named_config(config, nn.Identity()).teacher.name == "Identity"
-    assert config.teacher.name is None, "the callback's own configuration is not changed"
