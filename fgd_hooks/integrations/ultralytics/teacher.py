@@ -31,17 +31,18 @@ def load_teacher(teacher: str | Path | nn.Module | Any) -> nn.Module:
         TeacherError: the file cannot be read, or it is no detector.
     """
     if isinstance(teacher, (str, Path)):
-        module: nn.Module = _load_file(Path(teacher))
-        _check_task(module, str(teacher))
-        return module
-    given = getattr(teacher, "model", None) if hasattr(teacher, "add_callback") else teacher
-    if not isinstance(given, nn.Module):
-        raise TeacherError(
-            f"The teacher is a {type(teacher).__name__}; expected a weights file, a YOLO object with weights, or an "
-            "nn.Module."
-        )
-    _check_task(given, type(teacher).__name__)
-    return given
+        name, module = str(teacher), _load_file(Path(teacher))
+    else:
+        name = type(teacher).__name__
+        module = getattr(teacher, "model", None) if hasattr(teacher, "add_callback") else teacher
+    if not isinstance(module, nn.Module):
+        expected = "a weights file, a YOLO object with weights, or an nn.Module"
+        raise TeacherError(f"The teacher is a {name}; expected {expected}.")
+    task = task_of(module)
+    if task is not None and task not in TASKS:
+        expected = f"a detector with a neck ({', '.join(TASKS)})"
+        raise TeacherError(f"The teacher {name} is a model for the task {task!r}; FGD needs {expected}.")
+    return module
 
 
 def load_teachers(teacher: Any) -> list[nn.Module]:
@@ -134,15 +135,6 @@ def _load_file(path: Path) -> Any:
     except Exception as error:
         raise TeacherError(f"The teacher file {str(path)!r} is no Ultralytics checkpoint: {error}") from error
     return module.float()
-
-
-def _check_task(module: nn.Module, name: str) -> None:
-    task = task_of(module)
-    if task is not None and task not in TASKS:
-        raise TeacherError(
-            f"The teacher {name} is a model for the task {task!r}; FGD needs a detector with a neck "
-            f"({', '.join(TASKS)})."
-        )
 
 
 def fast_dtype(device: torch.device) -> str:
