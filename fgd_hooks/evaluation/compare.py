@@ -175,10 +175,12 @@ def _label(names: Sequence[str]) -> str:
     return common or names[0]
 
 
-def _teachers(settings: Mapping[str, Any]) -> str:
+def _teachers(settings: Mapping[str, Any] | None) -> str:
     """The file names of a distillation's teachers."""
+    if not settings:
+        return "settings unknown" if settings is None else "none"
     names = [share.get("name") for share in settings.get("fgd.teachers") or []] or [settings.get("fgd.teacher.name")]
-    return " + ".join(Path(str(name)).name for name in names)
+    return "teacher " + " + ".join(Path(str(name)).name for name in names)
 
 
 def _differing(arms: Sequence[Arm[RunFolder]]) -> dict[str, tuple[str, ...]]:
@@ -188,8 +190,7 @@ def _differing(arms: Sequence[Arm[RunFolder]]) -> dict[str, tuple[str, ...]]:
     table: dict[str, tuple[str, ...]] = {}
     own = [arm.runs[0].distillation for arm in arms]
     if any(each != {} for each in own):
-        words = {True: "none", False: "settings unknown"}
-        table["FGD"] = tuple(f"teacher {_teachers(each)}" if each else words[each == {}] for each in own)
+        table["FGD"] = tuple(map(_teachers, own))
     known = [each for each in own if each]
     for key in sorted({key for each in known for key in each}):
         if _differ([each.get(key) for each in known]):
