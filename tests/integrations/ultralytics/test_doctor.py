@@ -82,7 +82,7 @@ def test_command_on_the_users_own_data(teacher_file, student_yaml, data, tmp_pat
 def test_exit_codes(monkeypatch, teacher_file, student_yaml, data, capsys):
     def report(status):
         finding = Finding(status, "x", "y")
-        monkeypatch.setattr(ultralytics_doctor, "diagnose_training", lambda *_: Report((finding,)))
+        monkeypatch.setattr("fgd_hooks.cli.train.diagnose_training", lambda *_: Report((finding,)))
 
     keys = ["doctor", f"teacher={teacher_file}", f"model={student_yaml}", f"data={data}"]
     for status, code, strict in (("green", 0, 0), ("yellow", 0, 1), ("red", 1, 1)):
