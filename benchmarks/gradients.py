@@ -44,7 +44,7 @@ class Tracer:
     def start(self, trainer: Any) -> None:
         """Step between the Distiller and its losses; for ``on_train_start``."""
         distiller: Any = self.callback.distiller(trainer)
-        inner, observe, next_step = distiller._level, distiller.balance.observe, distiller.balance.next_step
+        inner, observe, next_step = distiller.level_loss, distiller.balance.observe, distiller.balance.next_step
 
         def begin() -> bool:
             self._features = []
@@ -70,7 +70,7 @@ class Tracer:
                 )
             return result
 
-        distiller._level, distiller.balance.observe, distiller.balance.next_step = level, see, begin
+        distiller.level_loss, distiller.balance.observe, distiller.balance.next_step = level, see, begin
 
 
 def _row(task: Tensor, parts: dict[str, Tensor]) -> dict[str, float]:

@@ -11,6 +11,7 @@ features of the first batch that is distilled, before it is used.
 
 from __future__ import annotations
 
+import contextlib
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -114,6 +115,19 @@ def mlp(student_channels: int, teacher_channels: int) -> nn.Module:
 def conv3x3(student_channels: int, teacher_channels: int) -> nn.Module:
     """One 3x3 convolution with bias and padding 1."""
     return nn.Conv2d(student_channels, teacher_channels, 3, padding=1)
+
+
+def run_adapter(adapter: nn.Module, student: Tensor) -> Tensor:
+    """The student's feature (N, C_student, H, W) through its adapter, in a precision that does both good."""
+    own, kind = next(adapter.parameters(), None), student.device.type
+    autocast = torch.is_autocast_enabled(kind)
+    # float16 ends at 65504: a loss scaler's factor would overflow the gradients of the adapter's weights
+    narrow = autocast and torch.get_autocast_dtype(kind) is torch.float16
+    if own is not None and (narrow or not autocast):
+        student = student.to(own.dtype)  # a student that ran under autocast, or in half precision
+    with torch.autocast(kind, enabled=False) if narrow else contextlib.nullcontext():
+        adapted: Tensor = adapter(student)
+    return adapted
 
 
 class FittedConv(nn.Conv2d):

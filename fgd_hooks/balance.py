@@ -22,6 +22,7 @@ the next. So what an image adds to the gradient is limited by what the median im
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -33,6 +34,8 @@ from fgd_hooks.config import BalanceConfig
 from fgd_hooks.taps.hooks import GradientMeter
 from fgd_hooks.utils.checkpoint import check_count, check_tensor
 from fgd_hooks.utils.distributed import is_distributed
+
+logger = logging.getLogger("fgd_hooks")
 
 EARLY_STEPS = (0, 1, 4, 8)
 """Steps that measure besides every ``interval``-th: before a scale is used, and while adapters learn fastest."""
@@ -143,6 +146,15 @@ class Balance:
     def unmeasured(self) -> list[int]:
         """The levels that no measurement has reached yet, and that do not distil therefore."""
         return [number for number, count in enumerate(self._measured.tolist()) if count == 0] if self.measures else []
+
+    def warn_if_unmeasured(self, names: Sequence[str]) -> None:
+        """Name those levels in a warning, if there are any."""
+        if unmeasured := self.unmeasured:
+            logger.warning(
+                "The balance could not measure %s yet, so these levels do not distil: call the distiller before the "
+                "backward pass of (task_loss + distilled.loss), and see that the task's loss depends on them.",
+                ", ".join(names[number] for number in unmeasured),
+            )
 
     def trial(self, losses: Tensor) -> Tensor:
         """(L,) factors of the losses in a measuring step: the scales, or where there is none yet 1 over the loss.

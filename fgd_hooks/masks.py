@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,6 +78,34 @@ class PackedBoxes:
         if packed.device.type == "cpu":
             return cls.from_flat(packed, image, len(boxes), canvas).to(device)
         return cls.from_flat(packed, _to_device(image, packed.device), len(boxes), canvas).to(device)
+
+    @classmethod
+    def of_batch(
+        cls,
+        images: Any,
+        boxes: Sequence[Tensor] | PackedBoxes,
+        canvas: tuple[int, int] | None,
+        device: torch.device | str | None = None,
+    ) -> PackedBoxes:
+        """Pack the boxes of a training's batch; packed ones are passed through.
+
+        Args:
+            images: (N, C, h, w), whose size is the canvas where none is given.
+            boxes: as for :meth:`from_list`.
+            canvas: (h, w) in pixels that the feature maps cover.
+            device: as for :meth:`from_list`.
+
+        Raises:
+            ValueError: as for :meth:`from_list`, or the canvas is not known.
+        """
+        if isinstance(boxes, PackedBoxes):
+            return boxes
+        if canvas is None and not isinstance(images, Tensor):
+            raise ValueError(
+                f"images is a {type(images).__name__}, so the size that the feature maps cover is not known: "
+                "pass canvas=(h, w), the padded size in pixels, and boxes in pixels of it."
+            )
+        return cls.from_list(boxes, tuple(images.shape[-2:]) if canvas is None else canvas, device)
 
     @classmethod
     def from_flat(cls, boxes: Tensor, image_index: Tensor, num_images: int, canvas: Canvas) -> PackedBoxes:

@@ -51,18 +51,18 @@ class DistillationPair(LevelPair):
 
 
 @dataclass(frozen=True)
-class Found:
-    """The levels of the student that one teacher may teach, and that teacher's, finest first."""
+class FoundLevels:
+    """All levels of the student that one teacher may teach, and that teacher's, finest first, and those chosen."""
 
     student: list[Level]
     teacher: list[Level]
     chosen: list[str] | None
 
 
-def plan(
+def plan_pairs(
     student: nn.Module, teachers: Sequence[nn.Module], config: FGDConfig, example: Any = None
-) -> tuple[list[DistillationPair], list[Found]]:
-    """Find the levels of all models by probes and pair them; lessons come teacher by teacher, finest level first.
+) -> tuple[list[DistillationPair], list[FoundLevels]]:
+    """Find the levels of all models by probes and pair them: teacher by teacher, finest level first, loss by loss.
 
     Args:
         student: the model that learns.
@@ -80,54 +80,40 @@ def plan(
     shares: list[TeacherShare] = config.teachers or [TeacherShare() for _ in teachers]
     if len(shares) != len(teachers):
         raise ConfigError(f"teachers has {len(shares)} entries, but there are {len(teachers)} teachers.")
-    lessons: list[DistillationPair] = []
-    found: list[Found] = []
-    students: dict[tuple[str, ...] | None, list[Level]] = {}
-    for number, (teacher, share) in enumerate(zip(teachers, shares, strict=True)):
-        named = share.student_taps or config.student_taps
-        key = None if named is None else tuple(named)
-        if key not in students:
-            students[key] = find_levels(student, named, example=example, role="student", size=size)
-        role = "teacher" if len(teachers) == 1 else f"teacher {number + 1}"
-        theirs = find_levels(teacher, share.taps or config.teacher_taps, example=example, role=role, size=size)
-        chosen = share.levels or config.levels
-        found.append(Found(students[key], theirs, chosen))
-        pairs = _choose(pair_levels(students[key], theirs), chosen)
-        for pair in pairs:
-            _check_sizes(pair, config)
-        suffix = f"-teacher{number + 1}" if len(teachers) > 1 else ""
-        scores = _score_taps(teacher, theirs, config)
-        lessons += _with_losses(pairs, config, share.weight, number, suffix, scores)
-    return lessons, found
-
-
-def _with_losses(
-    pairs: Sequence[LevelPair],
-    config: FGDConfig,
-    weight: float,
-    teacher: int,
-    suffix: str,
-    scores: dict[Tap, Tap],
-) -> list[DistillationPair]:
-    """Each pair under each loss."""
     losses = config.all_losses
     names = [loss.name for loss in losses]
     if len(set(names)) < len(names):
         names = [f"{name}{number + 1}" if names.count(name) > 1 else name for number, name in enumerate(names)]
-    return [
-        DistillationPair(
-            pair.name + suffix + (f"-{name}" if len(losses) > 1 else ""),
-            pair.student,
-            pair.teacher,
-            teacher,
-            loss,
-            loss.weight * weight,
-            teacher * len(losses) + position,
-            scores.get(pair.teacher.tap) if needs_scores(loss.name) else None,
-        )
-        for pair in pairs
-        for position, (name, loss) in enumerate(zip(names, losses, strict=True))
-    ]
+    planned: list[DistillationPair] = []
+    found: list[FoundLevels] = []
+    of_student: dict[str, list[Level]] = {}
+    for number, (teacher, share) in enumerate(zip(teachers, shares, strict=True)):
+        taps = share.student_taps or config.student_taps
+        if str(taps) not in of_student:
+            of_student[str(taps)] = find_levels(student, taps, example=example, role="student", size=size)
+        mine = of_student[str(taps)]
+        several = f"teacher{number + 1}" if len(teachers) > 1 else ""
+        role = f"teacher {number + 1}" if several else "teacher"
+        theirs = find_levels(teacher, share.taps or config.teacher_taps, example=example, role=role, size=size)
+        chosen = share.levels or config.levels
+        found.append(FoundLevels(mine, theirs, chosen))
+        scores = _score_taps(teacher, theirs, config)
+        for pair in _choose(pair_levels(mine, theirs), chosen):
+            _check_sizes(pair, config)
+            for position, (name, loss) in enumerate(zip(names, losses, strict=True)):
+                planned.append(
+                    DistillationPair(
+                        "-".join(filter(None, (pair.name, several, name if len(losses) > 1 else ""))),
+                        pair.student,
+                        pair.teacher,
+                        number=number,
+                        loss=loss,
+                        weight=loss.weight * share.weight,
+                        group=number * len(losses) + position,
+                        scores=scores.get(pair.teacher.tap) if needs_scores(loss.name) else None,
+                    )
+                )
+    return planned, found
 
 
 def needs_scores(name: str) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import typing
 from dataclasses import dataclass
 
-from fgd_hooks.config import ScheduleConfig
+from fgd_hooks.config import FGDConfig, ScheduleConfig
+
+logger = logging.getLogger("fgd_hooks")
 
 
 @dataclass
@@ -22,6 +25,35 @@ class Clock:
     step: int = 0
     epoch: int = 0
     epochs: int | None = None
+
+
+def next_step(config: FGDConfig, clock: Clock) -> tuple[float, bool]:
+    """Count a training step; what its distillation loss is multiplied by, and whether it rests because of ``every``.
+
+    Raises:
+        ValueError: as for :func:`schedule_factor`.
+    """
+    if clock.step == 0 and clock.epochs is None and 0 < (config.schedule.stop_epoch or 0) < 1:
+        logger.warning(
+            "schedule.stop_epoch=%s is a fraction of the training: it takes effect once distiller.set_epoch(epoch, "
+            "epochs) says how long the training is.",
+            config.schedule.stop_epoch,
+        )
+    weight = config.weight * schedule_factor(config.schedule, clock)
+    clock.step += 1
+    return weight, weight != 0 and (clock.step - 1) % config.every != 0
+
+
+def warn_if_idle(config: FGDConfig, epochs: int) -> None:
+    """Say so where no epoch of a training of so many will distil."""
+    schedule, step = config.schedule, config.schedule.warmup_steps
+    if config.weight and not any(schedule_factor(schedule, Clock(step, each, epochs)) for each in range(epochs)):
+        logger.warning(
+            "No epoch of %d distils with schedule.start_epoch=%s and stop_epoch=%s.",
+            epochs,
+            schedule.start_epoch,
+            schedule.stop_epoch,
+        )
 
 
 def schedule_factor(config: ScheduleConfig, clock: Clock) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from fgd_hooks.config import TeacherConfig
 from fgd_hooks.errors import TapError, TeacherError
+from fgd_hooks.pairing import DistillationPair
 from fgd_hooks.taps.hooks import FeatureTaps, StopForward, run_until_tapped
 from fgd_hooks.taps.tap import Tap
 from fgd_hooks.utils.modules import unwrap
@@ -113,6 +115,44 @@ class FrozenTeacher:
         self._modes, self._flags = [], []
 
 
+class PerTeacher(tuple[Any, ...]):
+    """One input for each of several teachers, where they want different ones (another normalisation, say)."""
+
+
+def first_input(images: Any) -> Any:
+    """What the first teacher is called with."""
+    return images[0] if isinstance(images, PerTeacher) else images
+
+
+def run_teachers(
+    teachers: Sequence[FrozenTeacher], pairs: Sequence[DistillationPair], images: Any, device: torch.device | None
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """For each pair its teacher's feature (N, C, H, W) and, if its loss needs them, class scores (N, K, H, W).
+
+    Args:
+        teachers: with taps at their pairs' levels, and then at the scores of those that need them.
+        pairs: teacher by teacher.
+        images: what the teachers are called with, or :class:`PerTeacher`.
+        device: where the teachers are moved; None: they stay where they are.
+
+    Raises:
+        ValueError: inputs of another number of teachers.
+    """
+    given = images if isinstance(images, PerTeacher) else [images] * len(teachers)
+    if len(given) != len(teachers):
+        raise ValueError(f"PerTeacher holds {len(given)} inputs for {len(teachers)} teacher(s).")
+    features: list[Tensor] = []
+    scores: list[Tensor | None] = []
+    for number, (teacher, its_images) in enumerate(zip(teachers, given, strict=True)):
+        if device is not None:
+            teacher.to(device)
+        mine = [pair for pair in pairs if pair.number == number]
+        taken = iter(teacher.features(its_images))
+        features += itertools.islice(taken, len(mine))
+        scores += [None if pair.scores is None else next(taken) for pair in mine]
+    return features, scores
+
+
 def check_finite(teacher: nn.Module) -> None:
     """Refuse a teacher whose weights or buffers hold NaN or infinity.
 
@@ -128,18 +168,22 @@ def check_finite(teacher: nn.Module) -> None:
             )
 
 
-def check_apart(student: nn.Module, teacher: nn.Module) -> None:
+def check_apart(student: nn.Module, *teachers: nn.Module) -> None:
     """Refuse a teacher that is the student or shares weights with it: freezing it would freeze the student.
 
     Raises:
-        TeacherError: names what is shared.
+        TeacherError: names what is shared; or no teacher is given, or one twice.
     """
-    if student is teacher:
+    if not teachers:
+        raise TeacherError("The list of teachers is empty; give at least one.")
+    if len(set(teachers)) < len(teachers):
+        raise TeacherError("The same teacher is given twice; several losses go into losses=[...].")
+    if any(teacher is student for teacher in teachers):
         raise TeacherError(
             "Student and teacher are the same object. Load the teacher on its own, or pass copy.deepcopy(student)."
         )
-    mine = {id(parameter) for parameter in student.parameters()}
-    shared = [name for name, parameter in teacher.named_parameters() if id(parameter) in mine]
+    mine = set(map(id, student.parameters()))
+    shared = [name for teacher in teachers for name, each in teacher.named_parameters() if id(each) in mine]
     if shared:
         raise TeacherError(
             f"Student and teacher share {len(shared)} parameter(s), for example {shared[0]!r}. Freezing the teacher "

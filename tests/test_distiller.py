@@ -427,6 +427,26 @@ def test_resize_only_when_asked():
     assert distiller(images, boxes).loss > 0
 
 
+def test_its_text_says_what_it_does(models):
+    student, teacher = models
+    distiller = Distiller(student, teacher, {"levels": ["P3", "P4"], "losses": ["fgd", "cwd"]})
+    assert str(distiller).splitlines() == [
+        "Distiller(",
+        "  TinyDetector <- TinyDetector",
+        "  fgd + cwd, weight 1, gradient ratio 1",
+        "  P3-fgd (stride 8): student 8 -> teacher 8 channels, Identity",
+        "  P3-cwd (stride 8): student 8 -> teacher 8 channels, Identity",
+        "  P4-fgd (stride 16): student 12 -> teacher 16 channels, FittedConv",
+        "  P4-cwd (stride 16): student 12 -> teacher 16 channels, FittedConv",
+        "  1,224 parameters of adapters and loss are trained beside the student",
+        ")",
+    ]
+    assert "(distiller): Distiller(\n    TinyDetector <- TinyDetector\n" in str(nn.ModuleDict({"distiller": distiller}))
+    alone = Distiller(TinyDetector(), teacher)
+    gc.collect()
+    assert "(deleted) <- TinyDetector" in str(alone)
+
+
 # mistakes
 
 

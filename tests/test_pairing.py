@@ -1,4 +1,4 @@
-"""Several losses, several teachers: each level of each of them is a lesson with adapter and scale of its own."""
+"""Several losses, several teachers: each level of each of them is a pair with adapter and scale of its own."""
 
 import copy
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from fgd_hooks import Distiller, load_config
-from fgd_hooks.distiller import PerTeacher
 from fgd_hooks.errors import ConfigError, PairingError, TeacherError
-from fgd_hooks.pairing import plan
+from fgd_hooks.masks import PackedBoxes
+from fgd_hooks.pairing import plan_pairs
+from fgd_hooks.teacher import PerTeacher
 from tests.helpers.tiny import TinyDetector, batch, trained
 
 FIXED = {"mode": "fixed"}
@@ -108,10 +109,10 @@ def test_the_balance_brings_each_loss_and_teacher_to_its_own_share(student, teac
         norms["task"] = torch.autograd.grad(task, features["P4"])[0].norm()
         handle.remove()
         distiller.taps.clear()
-        taught, _ = distiller._teach(images)
+        taught, _ = distiller.teach(images)
         for number, (pair, target) in enumerate(zip(distiller.pairs, taught, strict=True)):
             leaf = features["P4"].detach().requires_grad_()
-            loss = distiller._level(pair, leaf, target, distiller.pack(images, boxes, None, leaf.device)).loss
+            loss = distiller.level_loss(pair, leaf, target, PackedBoxes.of_batch(images, boxes, None)).loss
             gradient = torch.autograd.grad(loss * distiller.balance.scales[number], leaf)[0]
             assert float(gradient.norm() / norms["task"]) == pytest.approx(0.2 * pair.weight, rel=1e-3), pair.name
 
@@ -236,7 +237,7 @@ def test_wrong_teachers(student, teachers):
     with pytest.raises(TeacherError, match="same object"):
         Distiller(student, [teachers[0], student])
     with pytest.raises(PairingError):
-        plan(student, [TinyDetector((8, 8), first=64)], load_config())
+        plan_pairs(student, [TinyDetector((8, 8), first=64)], load_config())
 
 
 def test_lists_from_texts_and_files(tmp_path):

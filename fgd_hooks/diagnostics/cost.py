@@ -72,13 +72,13 @@ def extra_cost(distiller: Distiller, batch: int, size: int) -> Cost:
     image = probe_input(distiller.student, size)
     with preserve(*teachers, distiller):
         with FlopCounterMode(display=False) as teaching:
-            taught, scores = distiller._teach(image, image.device)
+            taught, scores = distiller.teach(image, image.device)
         boxes = PackedBoxes.from_list([image.new_zeros(0, 4)], (size, size), image.device)
         with torch.enable_grad(), FlopCounterMode(display=False) as own:
             for pair, target, score in zip(distiller.pairs, taught, scores, strict=True):
                 shape = (1, pair.student.channels, *target.shape[2:])
                 feature = torch.zeros(shape, device=target.device, requires_grad=True)
-                distiller._level(pair, feature, target, boxes, score).loss.backward()
+                distiller.level_loss(pair, feature, target, boxes, score).loss.backward()
     parameters = sum(p.numel() for p in distiller.parameters())
     weights = sum(t.numel() * t.element_size() for teacher in teachers for t in teacher.state_dict().values())
     return Cost(

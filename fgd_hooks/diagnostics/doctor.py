@@ -22,6 +22,7 @@ from fgd_hooks.errors import TapError
 from fgd_hooks.guards import StepHealth
 from fgd_hooks.masks import PackedBoxes
 from fgd_hooks.schedule import Clock
+from fgd_hooks.teacher import first_input
 from fgd_hooks.utils.modules import gradient_norm
 from fgd_hooks.utils.preserve import RandomState, bit_equal, preserve
 
@@ -154,7 +155,7 @@ def _findings(patient: _Patient, boxes: Sequence[Tensor] | PackedBoxes, canvas: 
         return
     captured = [feature for feature in features if feature is not None]
     try:
-        packed = distiller.pack(patient.images, boxes, canvas, captured[0].device)
+        packed = PackedBoxes.of_batch(first_input(patient.images), boxes, canvas, captured[0].device)
     except ValueError as error:
         yield red("masks", str(error), "Pass one (n, 4) tensor of pixel x1 y1 x2 y2 per image.")
         return
@@ -178,7 +179,7 @@ def _teacher(patient: _Patient, student: list[Tensor]) -> Iterator[Finding]:
         return [pair for teacher in patient.teachers for pair in teacher.state_dict().items()]
 
     before = [tensor.clone() for _, tensor in tensors()]
-    taught = patient.distiller._teach(patient.images, student[0].device)[0]
+    taught = patient.distiller.teach(patient.images, student[0].device)[0]
     pairs = zip(tensors(), before, strict=True)
     changed = [name for (name, tensor), old in pairs if not bit_equal(tensor, old.to(tensor))]
     modules = [pair for teacher in patient.teachers for pair in teacher.named_modules()]

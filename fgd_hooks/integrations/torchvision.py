@@ -25,7 +25,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +33,13 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from fgd_hooks.config import FGDConfig, TeacherShare, load_config
-from fgd_hooks.distiller import Distilled, Distiller, PerTeacher
+from fgd_hooks.distiller import Distilled, Distiller
 from fgd_hooks.errors import TapError
 from fgd_hooks.masks import PackedBoxes
 from fgd_hooks.taps.hooks import LiveHook
 from fgd_hooks.taps.levels import PROBE_SIZE, probe_input
 from fgd_hooks.taps.tap import describe
-from fgd_hooks.teacher import check_apart
+from fgd_hooks.teacher import PerTeacher, check_apart
 from fgd_hooks.utils.modules import unwrap
 from fgd_hooks.utils.preserve import preserve
 
@@ -78,8 +78,7 @@ class TorchvisionDistiller(Distiller):
         student = _detector(student, "student")
         given = [teacher] if isinstance(teacher, nn.Module) else teacher
         teachers = [_detector(each, "teacher") for each in given]
-        for each in teachers:
-            check_apart(student, each)
+        check_apart(student, *teachers)
         face, faces = OnBatch(student), [OnBatch(each) for each in teachers]
         canvases = probe_canvases(student, teachers)
         config = with_taps(load_config(config), face, faces, canvases)
@@ -115,6 +114,9 @@ class TorchvisionDistiller(Distiller):
             images, boxes = self._last_batch()
         self._seen.latest = None
         return super().forward(images, [] if boxes is None else boxes, canvas=canvas, task_loss=task_loss)
+
+    if TYPE_CHECKING:  # torch calls forward, and leaves the type of the call open
+        __call__ = forward
 
     @contextlib.contextmanager
     def batch_to_diagnose(

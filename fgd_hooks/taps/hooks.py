@@ -134,6 +134,19 @@ class _Meter(LiveHook):
         return None
 
 
+def check_not_replicated(model: nn.Module) -> None:
+    """Refuse a DataParallel over several devices: its copies share one set of hooks, and all but one would be lost.
+
+    Raises:
+        ValueError: the model is one.
+    """
+    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+        raise ValueError(
+            f"The student is a DataParallel over {len(model.device_ids)} devices, whose copies share one set of "
+            "hooks. Use DistributedDataParallel, one process per device (docs/several-gpus.md)."
+        )
+
+
 class FeatureTaps:
     """Captures the feature maps of several taps of one model, batch by batch.
 
@@ -243,7 +256,7 @@ class FeatureTaps:
         """The features (N, C, H, W) captured since the last call, in the order of the taps, and forget them.
 
         Raises:
-            TapError: a tap did not fire.
+            TapError: a tap did not fire, or a feature of ``grad_only`` taps takes no gradient.
         """
         features, self._features = self._features, {}
         missing = [str(tap) for position, tap in enumerate(self.taps) if position not in features]
@@ -255,6 +268,13 @@ class FeatureTaps:
                 "goes on without them: make the Distiller before the first compiled call, or call "
                 "torch.compiler.reset() after it."
             )
+        for position, tap in enumerate(self.taps) if self._grad_only else ():
+            if not features[position].requires_grad:
+                raise TapError(
+                    f"The {self.role}'s feature at {tap} takes no gradient, so distilling it would change nothing. All "
+                    "layers before it are frozen, or it was detached: unfreeze them, or leave this level out "
+                    "(levels=[...])."
+                )
         return [features[position] for position in range(len(self.taps))]
 
     @property
