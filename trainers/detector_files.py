@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from fgd_hooks import Distiller
+from fgd_hooks.errors import CheckpointError
 from fgd_hooks.evaluation.coco_metrics import CocoMetrics
 from fgd_hooks.evaluation.reporting import percent
 from fgd_hooks.evaluation.runs import MAP, MAP50
@@ -76,7 +77,7 @@ def load_state(parts: Mapping[str, Any], distiller: Distiller | None, folder: Pa
 
     Raises:
         FileNotFoundError: there is nothing to go on from.
-        ValueError: it is another model's, another distiller's, or the two files are of different epochs.
+        CheckpointError: it is another model's, another distiller's, or the two files are of different epochs.
     """
     file = folder / "last.pt"
     if not file.is_file():
@@ -86,7 +87,9 @@ def load_state(parts: Mapping[str, Any], distiller: Distiller | None, folder: Pa
     if distiller is not None:
         side = read_checkpoint(folder / LAST_CHECKPOINT)
         if side["epoch"] != len(rows):
-            raise ValueError(f"{file} is of epoch {len(rows)}, {LAST_CHECKPOINT} beside it of epoch {side['epoch']}.")
+            raise CheckpointError(
+                f"{file} is of epoch {len(rows)}, {LAST_CHECKPOINT} beside it of epoch {side['epoch']}."
+            )
         distiller.load_training_state(side["distiller"])
         saved |= side
     for name, part in parts.items():
@@ -110,7 +113,7 @@ def load_weights(model: nn.Module, file: str | Path | None) -> None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: they are those of another model.
+        CheckpointError: they are those of another model.
     """
     if file is None:
         return
@@ -118,4 +121,5 @@ def load_weights(model: nn.Module, file: str | Path | None) -> None:
     try:
         model.load_state_dict(saved.get("model", saved))
     except RuntimeError as error:
-        raise ValueError(f"The weights in {file} do not fit the {type(model).__name__}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"The weights in {file} do not fit the {type(model).__name__}: {reason}") from error

@@ -10,17 +10,13 @@ from typing import Any, TypeVar
 
 import torch
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
+from fgd_hooks.config import ABOVE_0, Section, at_least, bound, one_of
 from fgd_hooks.errors import ConfigError
-from fgd_hooks.utils.registry import suggestion
-from fgd_hooks.utils.structured_config import known_keys
+from fgd_hooks.utils.structured_config import load, read_yaml
 
-AMP = ("", "bfloat16", "float16")
-OPTIMIZERS = ("SGD", "AdamW")
-SCHEDULES = ("multistep", "cosine")
-TRAIN = ("student", "alone", "teacher")
+SIZES = bound(lambda found: len(found) > 0 and min(found) > 0, "at least one size in pixels")
 
 
 @dataclass
@@ -47,7 +43,7 @@ class DataSettings:
 
 
 @dataclass
-class ImageSettings:
+class ImageSettings(Section):
     """How images are made ready.
 
     Args:
@@ -57,14 +53,16 @@ class ImageSettings:
         flip_vertical: how often it is turned upside down.
     """
 
-    min_size: list[int] = field(default_factory=lambda: [800])
-    max_size: int = 1333
+    prefix = "image."
+
+    min_size: list[int] = field(default_factory=lambda: [800], metadata=SIZES)
+    max_size: int = field(default=1333, metadata=at_least(1))
     flip: float = 0.5
     flip_vertical: float = 0.0
 
 
 @dataclass
-class OptimizerSettings:
+class OptimizerSettings(Section):
     """How the detector learns.
 
     Args:
@@ -80,13 +78,15 @@ class OptimizerSettings:
         final: for cosine, as a fraction of ``lr``.
     """
 
-    name: str = "SGD"
-    lr: float = 0.01
+    prefix = "optimizer."
+
+    name: str = field(default="SGD", metadata=one_of("SGD", "AdamW"))
+    lr: float = field(default=0.01, metadata=ABOVE_0)
     momentum: float = 0.9
     weight_decay: float = 1e-4
     clip: float = 0.0
     warmup: int = 500
-    schedule: str = "multistep"
+    schedule: str = field(default="multistep", metadata=one_of("multistep", "cosine"))
     milestones: list[int] = field(default_factory=lambda: [8, 11])
     gamma: float = 0.1
     final: float = 0.01
@@ -127,7 +127,7 @@ class ModelSettings:
 
 
 @dataclass
-class Settings:
+class Settings(Section):
     """Everything about one training.
 
     Args:
@@ -156,20 +156,31 @@ class Settings:
     image: ImageSettings = field(default_factory=ImageSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     teacher: ModelSettings | None = None
-    train: str = "student"
+    train: str = field(default="student", metadata=one_of("student", "alone", "teacher"))
     fgd: dict[str, Any] = field(default_factory=dict)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    epochs: int = 12
-    batch: int = 4
-    amp: str = ""
+    epochs: int = field(default=12, metadata=at_least(1))
+    batch: int = field(default=4, metadata=at_least(1))
+    amp: str = field(default="", metadata=one_of("", "bfloat16", "float16"))
     workers: int = 2
     seed: int = 0
-    eval_every: int = 1
-    log_every: int = 20
+    eval_every: int = field(default=1, metadata=at_least(1))
+    log_every: int = field(default=20, metadata=at_least(1))
     out: str = "runs/detector"
     resume: bool = False
     threads: int = 0
     device: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher is None and (self.train == "teacher" or (self.fgd and self.train == "student")):
+            raise ConfigError(f"train is {self.train!r}, but there is no teacher in these settings.")
+        teacher = self.teacher if self.train == "student" else None
+        if teacher is not None and not (teacher.checkpoint or getattr(teacher, "weights", None)):
+            raise ConfigError(
+                "The teacher has no trained weights: give teacher.checkpoint=FILE (train=teacher makes one), or train "
+                "the student without it (train=alone)."
+            )
 
 
 Schema = TypeVar("Schema", bound=Settings)
@@ -187,60 +198,17 @@ def load_settings(schema: type[Schema], file: str | Path, overrides: Sequence[st
         FileNotFoundError: a file does not exist.
         ConfigError: an unknown key, a wrong type or an impossible value; the message names it.
     """
-    merged = OmegaConf.structured(schema)
-    try:
-        for layer in [*_layers(Path(file)), OmegaConf.from_dotlist(list(overrides))]:
-            if merged.teacher is None and layer.get("teacher") is not None:
-                # an empty section, so that its keys are checked and not replaced by a plain dict
-                merged.teacher = schema.__dataclass_fields__["model"].default_factory  # type: ignore[union-attr]
-            merged = OmegaConf.merge(merged, layer)
-        settings: Schema = OmegaConf.to_object(merged)  # type: ignore[assignment]
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        known = suggestion(str(key), known_keys(schema)) if "not in" in str(error) else ""
-        raise ConfigError(f"{file}, key {key}: {str(error).splitlines()[0]}. {known}".rstrip()) from error
-    _check(settings)
+    settings = load(schema, _values(Path(file)), overrides, name=str(file))
     if settings.train == "teacher":
-        settings.model, settings.teacher = settings.teacher, None  # type: ignore[assignment]
-    elif settings.train == "alone":
+        settings.model = settings.teacher  # type: ignore[assignment]
+    if settings.train != "student":
         settings.teacher = None
     return settings
 
 
-def _layers(file: Path) -> list[Any]:
-    if not file.is_file():
-        raise FileNotFoundError(f"The settings file {str(file)!r} does not exist.")
-    layer: Any = OmegaConf.load(file)
-    base = layer.pop("base", None)
-    return [layer] if base is None else [*_layers(file.parent / base), layer]
-
-
-def _check(settings: Settings) -> None:
-    for key, found, known in (
-        ("train", settings.train, TRAIN),
-        ("amp", settings.amp, AMP),
-        ("optimizer.name", settings.optimizer.name, OPTIMIZERS),
-        ("optimizer.schedule", settings.optimizer.schedule, SCHEDULES),
-    ):
-        if found not in known:
-            raise ConfigError(f"{key} is {found!r}; expected one of {', '.join(map(repr, known))}.")
-    for key, number in (
-        ("epochs", settings.epochs),
-        ("batch", settings.batch),
-        ("eval_every", settings.eval_every),
-        ("log_every", settings.log_every),
-        ("image.max_size", settings.image.max_size),
-        ("optimizer.lr", settings.optimizer.lr),
-    ):
-        if not number > 0:
-            raise ConfigError(f"{key} is {number}; expected a number above 0.")
-    if not settings.image.min_size:
-        raise ConfigError("image.min_size is empty; expected at least one size in pixels.")
-    if settings.teacher is None and (settings.train == "teacher" or (settings.fgd and settings.train == "student")):
-        raise ConfigError(f"train is {settings.train!r}, but there is no teacher in these settings.")
-    teacher = settings.teacher if settings.train == "student" else None
-    if teacher is not None and not (teacher.checkpoint or getattr(teacher, "weights", None)):
-        raise ConfigError(
-            "The teacher has no trained weights: give teacher.checkpoint=FILE (train=teacher makes one), or train the "
-            "student without it (train=alone)."
-        )
+def _values(file: Path) -> dict[str, Any]:
+    values = read_yaml(file)
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    return OmegaConf.to_container(OmegaConf.merge(_values(file.parent / base), values))  # type: ignore[return-value]

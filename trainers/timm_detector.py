@@ -8,7 +8,6 @@ Loop, files and settings are those of ``torchvision_detector.py``; here ``model`
 
 from __future__ import annotations
 
-import sys
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +23,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
-from torchvision_detector import main
+from torchvision_detector import program
 
 from fgd_hooks.errors import ConfigError
 from fgd_hooks.integrations.timm import LITE, create_lite, normalisation
@@ -154,4 +153,4 @@ def build_model(settings: TimmModel, classes: int, image: ImageSettings) -> nn.M
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:], build_model, TimmSettings)
+    program(__doc__, build_model, TimmSettings)

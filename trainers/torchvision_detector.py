@@ -11,8 +11,8 @@ The keys are those of ``detector_settings.py``. The run's folder gets ``last.pt`
 
 from __future__ import annotations
 
+import argparse
 import math
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +35,7 @@ from torchvision.models import get_model
 from fgd_hooks import FGDConfig, load_config
 from fgd_hooks.config import save_config
 from fgd_hooks.diagnostics import tensorboard as monitor
+from fgd_hooks.errors import FGDError
 from fgd_hooks.evaluation.runs import MAP, MAP50
 from fgd_hooks.initialization.initialize import initialize
 from fgd_hooks.initialization.report import InitializationReport
@@ -209,12 +210,25 @@ class Training:
 
 
 def main(arguments: list[str], build: Build = build_model, schema: type[Settings] = Settings) -> None:
-    """Read the settings and train."""
-    if not arguments or arguments[0].startswith("-"):
-        sys.exit(__doc__)
+    """Train with the settings of a file and the ``key=value`` texts behind it."""
     with processes():
         Training(load_settings(schema, arguments[0], arguments[1:]), build).run()
 
 
+def program(about: str | None, build: Build = build_model, schema: type[Settings] = Settings) -> None:
+    """The command line; a user's mistake is one line, and exit code 2."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=about, formatter_class=raw)
+    parser.add_argument("file", metavar="SETTINGS.yaml")
+    parser.add_argument(
+        "settings", nargs="*", default=[], metavar="key=value", help="settings that win over those of the file"
+    )
+    arguments = parser.parse_args()
+    try:
+        main([arguments.file, *arguments.settings], build, schema)
+    except (FGDError, FileNotFoundError) as error:
+        parser.error(str(error))
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    program(__doc__)

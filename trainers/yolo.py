@@ -5,11 +5,11 @@ python trainers/yolo.py yolo26n.pt yolo26s.pt coco8.yaml
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 from ultralytics import YOLO
 
-from fgd_hooks import FGDCallback
+from fgd_hooks import FGDCallback, FGDError
 
 
 def main(student: str, teacher: str, data: str, epochs: int = 100) -> None:
@@ -20,6 +20,13 @@ def main(student: str, teacher: str, data: str, epochs: int = 100) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (4, 5):
-        sys.exit(__doc__)
-    main(*sys.argv[1:4], *(int(epochs) for epochs in sys.argv[4:]))
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, formatter_class=raw)
+    parser.add_argument("student", help="weights or yaml")
+    parser.add_argument("teacher", help="weights")
+    parser.add_argument("data", help="data yaml")
+    parser.add_argument("epochs", type=int, nargs="?", default=100)
+    try:
+        main(**vars(parser.parse_args()))
+    except (FGDError, FileNotFoundError) as error:
+        parser.error(str(error))
