@@ -87,9 +87,8 @@ def load_state(parts: Mapping[str, Any], distiller: Distiller | None, folder: Pa
     if distiller is not None:
         side = read_checkpoint(folder / LAST_CHECKPOINT)
         if side["epoch"] != len(rows):
-            raise CheckpointError(
-                f"{file} is of epoch {len(rows)}, {LAST_CHECKPOINT} beside it of epoch {side['epoch']}."
-            )
+            found = f"{file} is of epoch {len(rows)}, {LAST_CHECKPOINT} beside it of epoch {side['epoch']}"
+            raise CheckpointError(f"{found}; remove both to begin anew.")
         distiller.load_training_state(side["distiller"])
         saved |= side
     for name, part in parts.items():

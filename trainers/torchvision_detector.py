@@ -220,9 +220,7 @@ def program(about: str | None, build: Build = build_model, schema: type[Settings
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=about, formatter_class=raw)
     parser.add_argument("file", metavar="SETTINGS.yaml")
-    parser.add_argument(
-        "settings", nargs="*", default=[], metavar="key=value", help="settings that win over those of the file"
-    )
+    parser.add_argument("settings", nargs="*", default=[], metavar="key=value", help="they win over those of the file")
     arguments = parser.parse_args()
     try:
         main([arguments.file, *arguments.settings], build, schema)
