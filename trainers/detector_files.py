@@ -20,7 +20,7 @@ from fgd_hooks.errors import CheckpointError
 from fgd_hooks.evaluation.coco_metrics import CocoMetrics
 from fgd_hooks.evaluation.reporting import percent
 from fgd_hooks.evaluation.runs import MAP, MAP50
-from fgd_hooks.utils.checkpoint import LAST_CHECKPOINT, read_checkpoint, write_checkpoint
+from fgd_hooks.utils.checkpoint import LAST_CHECKPOINT, adamw_state, read_checkpoint, write_checkpoint
 
 Row = dict[str, float]
 
@@ -95,7 +95,7 @@ def load_state(parts: Mapping[str, Any], distiller: Distiller | None, folder: Pa
         if name == "model":
             load_weights(part, file)
         else:
-            part.load_state_dict(saved[name])
+            part.load_state_dict(adamw_state(part, saved[name]) if name == "fgd.optimizer" else saved[name])
     return rows
 
 

@@ -23,14 +23,17 @@ LAST_CHECKPOINT = f"last{SUFFIX}"
 """Name of the file beside a host's ``last.pt``."""
 
 FORMAT = "fgd_hooks 2"
+MAX_COUNT = 1 << 53  # of steps and epochs; far beyond any training
 MAX_BYTES = 4 << 30  # adapters and their optimizer take megabytes
+TENSOR = "__tensor__"  # the key that stands in the values for a tensor, with its name
 NO_DIGEST = b"0" * 64  # stands in the file while its digest is taken
 
 
 def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Write tensors, numbers, texts and containers of them; a reader finds the old file or the new one.
 
-    What an earlier write left behind when its process was killed is removed.
+    As JSON has it, keys are read back as texts and tuples as lists. What an earlier write left behind when its process
+    was killed is removed.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; the old file is left as it was.
@@ -40,7 +43,15 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
         from safetensors.torch import save
 
     tensors: dict[str, Tensor] = {}
-    values = json.dumps(_encode(content, tensors))
+
+    def named(value: Any) -> dict[str, str]:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"A checkpoint holds no {type(value).__name__}.")
+        name = str(len(tensors))
+        tensors[name] = value.detach().to("cpu", copy=True).contiguous()  # safetensors wants each alone
+        return {TENSOR: name}
+
+    values = json.dumps(content, default=named)
     data = save(tensors, {"format": FORMAT, "values": values, "sha256": NO_DIGEST.decode()})
     data = data.replace(NO_DIGEST, hashlib.sha256(data).hexdigest().encode(), 1)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +102,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         digest = header["sha256"].encode()
         if hashlib.sha256(data.replace(digest, NO_DIGEST, 1)).hexdigest().encode() != digest:
             raise ValueError("its checksum is wrong")
-        content = _decode(json.loads(header["values"]), load(data))
+        tensors = load(data)
+        content = json.loads(
+            header["values"], object_hook=lambda each: tensors[each[TENSOR]] if TENSOR in each else each
+        )
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}; expected keys and values")
     except Exception as error:  # json and safetensors raise many kinds for damaged and foreign files
@@ -102,40 +116,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Containers, numbers and texts as JSON has them; a tensor is replaced by its name in ``tensors``."""
-    if isinstance(value, Tensor):
-        name = str(len(tensors))
-        tensors[name] = value.detach().to("cpu", copy=True).contiguous()  # each alone: safetensors shares no storage
-        return {"tensor": name}
-    if isinstance(value, Mapping):
-        return {"dict": [[key, _encode(item, tensors)] for key, item in value.items()]}  # keys may be numbers
-    if isinstance(value, (list, tuple)):
-        return {type(value).__name__: [_encode(item, tensors) for item in value]}
-    return value
-
-
-def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What :func:`_encode` was given."""
-    if not isinstance(value, dict):
-        return value
-    ((kind, found),) = value.items()
-    if kind == "tensor":
-        return tensors[found]
-    if kind == "dict":
-        return {key: _decode(item, tensors) for key, item in found}
-    return {"list": list, "tuple": tuple}[kind](_decode(item, tensors) for item in found)
-
-
-MAX_COUNT = 1 << 53  # of steps and epochs; far beyond any training
-
-
 def check_count(name: str, found: Any) -> int:
-    """A number of steps or epochs, from 0.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """A saved number of steps or epochs, from 0; a ValueError if it is none."""
     if type(found) is not int:
         raise ValueError(f"The saved {name} is missing or damaged: found a {type(found).__name__}, expected a count.")
     if not 0 <= found < MAX_COUNT:
@@ -144,18 +126,7 @@ def check_count(name: str, found: Any) -> int:
 
 
 def check_tensor(name: str, found: Any, like: Tensor, *, finite: bool = False, low: float | None = None) -> Tensor:
-    """A tensor of the shape and dtype of ``like``.
-
-    Args:
-        name: what it is, for the message.
-        found: the saved value.
-        like: the tensor that it will be copied to.
-        finite: refuse NaN and infinity.
-        low: refuse values below it.
-
-    Raises:
-        ValueError: it does not fit.
-    """
+    """A saved tensor of the shape and dtype of ``like``, finite, not below ``low``; a ValueError if it is none."""
     if not isinstance(found, Tensor) or found.layout != torch.strided or found.is_meta:
         raise ValueError(f"The saved {name} is missing or no plain tensor.")
     if found.shape != like.shape or found.dtype != like.dtype:
@@ -179,20 +150,16 @@ def adamw_state(optimizer: torch.optim.AdamW, saved: Any) -> dict[str, Any]:
         ValueError: the saved state does not fit the optimizer's parameters.
     """
     state = saved.get("state") if isinstance(saved, Mapping) else None
-    if not isinstance(state, Mapping):
+    parameters = [parameter.detach() for group in optimizer.param_groups for parameter in group["params"]]
+    if not isinstance(state, Mapping) or not all(isinstance(entry, Mapping) for entry in state.values()):
         raise ValueError("The saved optimizer is missing or damaged.")
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not {str(number) for number in state} <= {str(number) for number in range(len(parameters))}:
+        raise ValueError(f"The saved optimizer is of other parameters than these {len(parameters)}.")
     checked: dict[int, dict[str, Tensor]] = {}
-    for number, entry in state.items():
-        if type(number) is not int or not 0 <= number < len(parameters):
-            raise ValueError(f"The saved optimizer is of other parameters than these {len(parameters)}.")
-        if not isinstance(entry, Mapping):
-            raise ValueError("The saved optimizer is missing or damaged.")
-        name, parameter = f"optimizer state of parameter {number}", parameters[number].detach()
-        scalar = torch.zeros((), dtype=torch.float32)
-        checked[number] = {
-            "step": check_tensor(f"{name} (step)", entry.get("step"), scalar, finite=True, low=0),
-            "exp_avg": check_tensor(f"{name} (exp_avg)", entry.get("exp_avg"), parameter, finite=True),
-            "exp_avg_sq": check_tensor(f"{name} (exp_avg_sq)", entry.get("exp_avg_sq"), parameter, finite=True, low=0),
-        }
+    for number, entry in ((int(number), entry) for number, entry in state.items()):
+        name, like = f"optimizer state of parameter {number}", parameters[number]
+        step = check_tensor(f"{name} (step)", entry.get("step"), torch.zeros(()), finite=True, low=0)
+        first = check_tensor(f"{name} (exp_avg)", entry.get("exp_avg"), like, finite=True)
+        second = check_tensor(f"{name} (exp_avg_sq)", entry.get("exp_avg_sq"), like, finite=True, low=0)
+        checked[number] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
     return {"state": checked, "param_groups": optimizer.state_dict()["param_groups"]}

@@ -11,16 +11,10 @@ from fgd_hooks.errors import UnknownNameError
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
 
-def nearest_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """The known names most like ``name``, best first; empty when none is similar."""
-    return difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
-
-
 def suggestion(name: str, known: Iterable[str]) -> str:
     """The end of an error message: the nearest known names, or all of them when none is near."""
     known = list(known)
-    near = nearest_names(name, known)
-    if near:
+    if near := difflib.get_close_matches(name, known, n=3, cutoff=0.5):
         return "Did you mean " + " or ".join(repr(n) for n in near) + "?"
     return "Known are: " + (", ".join(known) or "none") + "."
 

@@ -13,7 +13,7 @@ from fgd_hooks import Distiller
 from fgd_hooks.config import FGDConfig, config_to_dict, load_config
 from fgd_hooks.errors import CheckpointError, ConfigError
 from fgd_hooks.integrations.ultralytics.checkpoint import DistillationCheckpoint
-from fgd_hooks.utils.checkpoint import LAST_CHECKPOINT, read_checkpoint, write_checkpoint
+from fgd_hooks.utils.checkpoint import LAST_CHECKPOINT, write_checkpoint
 from fgd_hooks.utils.structured_config import known_keys
 from tests.helpers.tiny import TinyDetector, batch, trained
 
@@ -146,7 +146,7 @@ def workplace(tmp_path_factory):
     run.path = tmp_path_factory.mktemp("fuzz") / LAST_CHECKPOINT
     write_checkpoint(run.path, content_of(run))
     run.whole = run.path.read_bytes()
-    run.content = read_checkpoint(run.path)
+    run.content = copy.deepcopy(content_of(run))
     return run
 
 
