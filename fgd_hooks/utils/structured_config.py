@@ -15,12 +15,10 @@ dataclasses, too, also optional ones and those of lists and dicts. Values that a
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import functools
 import os
 import typing
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,7 +69,7 @@ def load(
         raise ConfigError(f"{name} is {source!r:.200}; expected keys and values.")
     overrides = overrides if isinstance(overrides, Mapping) else _parsed(overrides)
     given: dict[str, Any] = {name: source or {}, "overrides": overrides}
-    config, place, key = copy.deepcopy(_template(typing.cast(Hashable, schema))), name, ""
+    config, place, key = OmegaConf.structured(schema, flags={"allow_objects": True}), name, ""
     try:
         for place, values in given.items():  # noqa: B007  (for the messages below, as is the key)
             _check_extent(values)
@@ -175,8 +173,3 @@ def _reason(error: OmegaConfBaseException, schema: type, key: str) -> str:
     if kind is None or error.value is None:
         return f"{key}: {str(error).partition(chr(10))[0]}."
     return f"{key} is {error.value!r:.200}; expected {kind.__name__ if isinstance(kind, type) else kind}."
-
-
-@functools.cache
-def _template(schema: Hashable) -> Any:
-    return OmegaConf.structured(schema, flags={"allow_objects": True})
