@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fgd_hooks.evaluation.reporting import Table
-from fgd_hooks.study.processes import processor
+from fgd_hooks.study.worker import processor
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "benchmarks"

@@ -30,7 +30,7 @@ def student(options: argparse.Namespace, teacher: Any, folder: Path) -> YOLO:
     """An untrained student for the teacher's classes."""
     from ultralytics.nn.tasks import DetectionModel
 
-    result = YOLO(model_file({"model": options.student, "scale": options.scale}, folder), task="detect")
+    result = YOLO(model_file(options.student, options.scale, folder), task="detect")
     torch.manual_seed(0)
     result.model = DetectionModel(result.model.yaml, nc=len(teacher.names), verbose=False)
     result.model.names = teacher.names

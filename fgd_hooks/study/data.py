@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fgd_hooks.errors import NoSplitError, StudyError
@@ -213,7 +213,7 @@ def _scenes(name: str, settings: Mapping[str, object], out: Path) -> Source:
 
     try:
         wanted = SceneSettings(**settings)  # type: ignore[arg-type]
-        other = SceneSettings(**{**asdict(wanted), "seed": wanted.seed + 1000})
+        other = replace(wanted, train=1, seed=wanted.seed + 1000)  # for its val alone
     except (TypeError, ValueError) as error:
         raise StudyError(f"data.{name}.scenes: {error}") from error
     parts = {}

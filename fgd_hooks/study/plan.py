@@ -10,59 +10,60 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fgd_hooks.config import config_to_dict, load_config
 from fgd_hooks.errors import StudyError
+from fgd_hooks.evaluation.arms import TAKEN
 from fgd_hooks.study.data import Prepared, find_file, prepare, read_source
-from fgd_hooks.study.processes import read_json
-from fgd_hooks.study.spec import SETTINGS, ArmSpec, DataSpec, PretrainSpec, StudentSpec, StudySpec
+from fgd_hooks.study.spec import SETTINGS, ArmSpec, PretrainSpec, StudentSpec, StudySpec
 
 logger = logging.getLogger("fgd_hooks")
 
 RESULT, TEST = "result.json", "test.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
-    """One training, or one teacher that is given and only measured.
+    """One training, or one teacher that is given and only measured."""
 
-    Attributes:
-        data: name of the data set.
-        arm: name of the arm; "teacher" and "pretrain" for what the arms need.
-        kind: of the arm, or "teacher" or "pretrain".
-        seed: of the run.
-        epochs: how long; 0 for a teacher that is given.
-        student: what the model is called.
-        model: model yaml (a file or a name), or weights.
-        scale: depth, width and most channels instead of the yaml's.
-        settings: Ultralytics' settings.
-        fgd: settings of the distillation that differ from the defaults.
-        prepared: the images.
-        out: the folder of all runs.
-        key: see above.
-        teacher: the run that gives the teacher.
-        start: the run whose last weights this one starts from.
-    """
-
-    data: str
-    arm: str
-    kind: str
+    data: str  # name of the data set
+    arm: str  # its name; "teacher" and "pretrain" for what the arms need
+    kind: str  # of the arm, or "teacher" or "pretrain"
     seed: int
-    epochs: int
-    student: str
-    model: str
-    scale: tuple[float, ...] | None
-    settings: dict[str, Any]
-    fgd: dict[str, Any]
-    prepared: Prepared
-    out: Path
-    key: str = ""
-    teacher: Run | None = None
-    start: Run | None = None
+    epochs: int  # 0 for a teacher that is given
+    student: str  # what the model is called
+    model: str  # model yaml (a file or a name), or weights
+    scale: tuple[float, ...] | None  # depth, width and most channels instead of the yaml's
+    settings: dict[str, Any]  # Ultralytics' settings
+    fgd: dict[str, Any]  # settings of the distillation that differ from the defaults
+    prepared: Prepared  # the images
+    out: Path  # the folder of all runs
+    teacher: Run | None = None  # the run that gives the teacher
+    start: Run | None = None  # the run whose last weights this one starts from
+    plugins: tuple[str, ...] = ()  # Python files that register what the distillation's settings name
+    key: str = field(init=False)  # see above
+
+    def __post_init__(self) -> None:
+        model = Path(self.model)
+        content = {
+            "kind": "alone" if self.kind in TAKEN and self.epochs else self.kind,
+            "seed": self.seed,
+            "epochs": self.epochs,
+            "model": hashlib.sha256(model.read_bytes()).hexdigest() if model.is_file() else self.model,
+            "scale": self.scale,
+            "settings": self.settings,
+            "fgd": _settings(self.fgd) if self.kind == "fgd" else {},
+            "data": self.prepared.key,
+            "teacher": self.teacher.key if self.teacher else None,
+            "start": self.start.key if self.start else None,
+        }
+        text = json.dumps(content, sort_keys=True, default=str)
+        object.__setattr__(self, "key", hashlib.sha256(text.encode()).hexdigest()[:10])
 
     @property
     def name(self) -> str:
@@ -86,6 +87,23 @@ class Run:
         """The runs that must be done before."""
         return tuple(run for run in (self.teacher, self.start) if run is not None)
 
+    def job(self, **machine: Any) -> dict[str, Any]:
+        """What a process has to know to do the run, as plain values.
+
+        Args:
+            **machine: what the machine decides, beside the files; like them it is kept apart, under "machine", and does
+                not come into the result.
+        """
+        files = {"model": self.model, "data_yaml": str(self.prepared.yaml), "weights": str(self.weights)}
+        given = {name: str(run.weights) for name in ("teacher", "start") if (run := getattr(self, name))}
+        kept = ("key", "name", "data", "student", "arm", "kind", "seed", "epochs", "scale", "settings", "fgd")
+        return {
+            **{name: getattr(self, name) for name in kept},
+            "images": self.prepared.counts,
+            "needs": [need.name for need in self.needs],
+            "machine": {**files, **given, "plugins": list(self.plugins), **machine},
+        }
+
     def result(self) -> dict[str, Any] | None:
         """What the finished run found; None while it is not finished."""
         return read_result(self.folder)
@@ -94,6 +112,33 @@ class Run:
         """The figures on the test split; None while they were not measured."""
         file = self.folder / TEST
         return read_json(file) if file.is_file() else None
+
+
+def _settings(fgd: dict[str, Any]) -> dict[str, Any]:
+    """All settings of a distillation: a default that a later version changes, or that is written out, counts, too."""
+    found = config_to_dict(load_config(fgd))
+    return found | {key: value for key, value in fgd.items() if found.get(key) == value}  # 0 is not written 0.0
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file in one piece: a reader sees the old or the new content, never half of it."""
+    temporary = file.with_name(f".{file.name}.new")
+    with temporary.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())  # the new name must not survive a loss of power without its content
+    os.replace(temporary, file)
+
+
+def write_json(file: Path, content: object) -> None:
+    """Write a JSON file in one piece."""
+    write_whole(file, f"{json.dumps(content, indent=1)}\n".encode())
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The content of a JSON file that holds an object."""
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return content
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -115,15 +160,10 @@ def _say_damaged(file: Path, error: str) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """The runs of a study.
+    """The runs of a study."""
 
-    Attributes:
-        runs: in an order in which each comes after what it needs.
-        waiting: arms whose epochs follow from runs that are not finished, with what they wait for.
-    """
-
-    runs: tuple[Run, ...]
-    waiting: tuple[str, ...]
+    runs: tuple[Run, ...]  # in an order in which each comes after what it needs
+    waiting: tuple[str, ...]  # arms whose epochs follow from runs that are not finished, with what they wait for
 
 
 @dataclass
@@ -206,56 +246,69 @@ class Planner:
 
     def run(self, name: str, arm_name: str, seed: int, epochs: int | None = None) -> Run:
         """The run of one arm."""
-        spec, data, arm = self.spec, self.spec.data[name], self.spec.arms[arm_name]
-        student = data.student or spec.student
-        start = self._pretrained(student, student.pretrain) if student.pretrain else None
-        return self._finish(
-            Run(
-                data=name,
-                arm=arm_name,
-                kind=arm.kind,
-                seed=seed,
-                epochs=epochs or self.epochs(name, arm) or 1,
-                student=student.name or Path(student.model).stem,
-                model=self.model(student.model),
-                scale=tuple(student.scale) if student.scale else None,
-                settings={**SETTINGS, **spec.train, **data.train, **arm.train},
-                fgd=arm.fgd,
-                prepared=self.prepared(name),
-                out=self.out,
-                teacher=self.teacher(name) if arm.kind != "alone" else None,
-                start=start,
-            )
+        data, arm = self.spec.data[name], self.spec.arms[arm_name]
+        student = data.student or self.spec.student
+        return self._make(
+            name,
+            arm_name,
+            student,
+            seed,
+            epochs or self.epochs(name, arm) or 1,
+            arm.train,
+            kind=arm.kind,
+            fgd=arm.fgd,
+            teacher=self.teacher(name) if arm.kind != "alone" else None,
+            start=self._pretrained(student, student.pretrain) if student.pretrain else None,
         )
 
     def teacher(self, name: str) -> Run | None:
         """The run that gives a data set's teacher: a training, or the measuring of weights that are given."""
-        data = self.spec.data[name]
-        if data.teacher is None:
+        teacher = self.spec.data[name].teacher
+        if teacher is None:
             return None
-        given = find_file(data.teacher.weights, self.root, self.file.parent) if data.teacher.weights else None
-        if given is not None and not given.is_file() and data.teacher.model is None:
+        if teacher.weights and (given := find_file(teacher.weights, self.root, self.file.parent)).is_file():
+            return self._make(name, "teacher", StudentSpec(str(given)), 0, 0, teacher.train, whole=True)
+        if teacher.model is None:
             raise StudyError(
-                f"data.{name}.teacher.weights: {data.teacher.weights!r} is neither below the data root "
+                f"data.{name}.teacher.weights: {teacher.weights!r} is neither below the data root "
                 f"({self.root or 'not given'}) nor beside the study file, and there is no model to train."
             )
-        trained = given is None or not given.is_file()
-        model = self.model(str(data.teacher.model)) if trained else str(given)
-        return self._finish(
-            Run(
-                data=name,
-                arm="teacher",
-                kind="teacher",
-                seed=data.teacher.seed if trained else 0,
-                epochs=data.teacher.epochs if trained else 0,
-                student=Path(model).stem,
-                model=model,
-                scale=tuple(data.teacher.scale) if trained and data.teacher.scale else None,
-                settings={**SETTINGS, **self.spec.train, **data.train, **data.teacher.train},
-                fgd={},
-                prepared=self.prepared(name, whole=True),
-                out=self.out,
-            )
+        model = StudentSpec(teacher.model, teacher.scale)
+        return self._make(name, "teacher", model, teacher.seed, teacher.epochs, teacher.train, whole=True)
+
+    def _pretrained(self, student: StudentSpec, wanted: PretrainSpec) -> Run:
+        return self._make(wanted.data, "pretrain", student, wanted.seed, wanted.epochs, {})
+
+    def _make(
+        self,
+        name: str,
+        arm: str,
+        model: StudentSpec,
+        seed: int,
+        epochs: int,
+        train: dict[str, Any],
+        *,
+        kind: str | None = None,
+        fgd: dict[str, Any] | None = None,
+        whole: bool = False,
+        **needs: Run | None,
+    ) -> Run:
+        """A run; ``train`` is what it trains with beside the settings of the study and of its data set."""
+        return Run(
+            data=name,
+            arm=arm,
+            kind=kind or arm,
+            seed=seed,
+            epochs=epochs,
+            student=model.name or Path(model.model).stem,
+            model=self.model(model.model),
+            scale=tuple(model.scale) if model.scale else None,
+            settings={**SETTINGS, **self.spec.train, **self.spec.data[name].train, **train},
+            fgd=fgd or {},
+            prepared=self.prepared(name, whole),
+            out=self.out,
+            plugins=tuple(self.spec.plugins),
+            **needs,
         )
 
     def prepared(self, name: str, whole: bool = False) -> Prepared:
@@ -265,61 +318,20 @@ class Planner:
         if (name, whole) not in self._data:
             source = read_source(name, spec, self.root, self.file.parent, self.out / "data")
             fraction = 1.0 if whole else spec.fraction
+            stem = "scenes" if spec.yaml is None else Path(spec.yaml).parent.name or Path(spec.yaml).stem
             # links are named by what they hold, so sets that differ in the fraction alone share the whole one
-            self._data[name, whole] = prepare(_stem(spec), source, self.out / "data", fraction, spec.subset_seed)
+            self._data[name, whole] = prepare(stem, source, self.out / "data", fraction, spec.subset_seed)
         return self._data[name, whole]
-
-    def _arms(self, name: str) -> list[tuple[str, ArmSpec]]:
-        chosen = self.spec.arms.items() if self.spec.data[name].compare else ()
-        return [(each, arm) for each, arm in chosen if arm.data is None or name in arm.data]
-
-    def _pretrained(self, student: StudentSpec, wanted: PretrainSpec) -> Run:
-        data = self.spec.data[wanted.data]
-        return self._finish(
-            Run(
-                data=wanted.data,
-                arm="pretrain",
-                kind="pretrain",
-                seed=wanted.seed,
-                epochs=wanted.epochs,
-                student=student.name or Path(student.model).stem,
-                model=self.model(student.model),
-                scale=tuple(student.scale) if student.scale else None,
-                settings={**SETTINGS, **self.spec.train, **data.train},
-                fgd={},
-                prepared=self.prepared(wanted.data),
-                out=self.out,
-            )
-        )
 
     def model(self, text: str) -> str:
         """A model file by its whole path; a name of Ultralytics' own as it is."""
         file = find_file(text, self.root, self.file.parent)
         return str(file) if file.is_file() else text
 
+    def _arms(self, name: str) -> list[tuple[str, ArmSpec]]:
+        chosen = self.spec.arms.items() if self.spec.data[name].compare else ()
+        return [(each, arm) for each, arm in chosen if arm.data is None or name in arm.data]
+
     def _add(self, runs: dict[str, Run], run: Run) -> None:
         for each in (*run.needs, run):
             runs.setdefault(f"{each.data} {each.arm} {each.seed} {each.key}", each)
-
-    def _finish(self, run: Run) -> Run:
-        """The run with its key."""
-        model = Path(run.model)
-        content: Mapping[str, Any] = {
-            "kind": "alone" if run.kind in ("teacher", "pretrain") and run.epochs else run.kind,
-            "seed": run.seed,
-            "epochs": run.epochs,
-            "model": hashlib.sha256(model.read_bytes()).hexdigest() if model.is_file() else run.model,
-            "scale": run.scale,
-            "settings": run.settings,
-            # all of them: a default that a later version changes, and one that is written out, count as what they are
-            "fgd": config_to_dict(load_config(run.fgd)) if run.kind == "fgd" else {},
-            "data": run.prepared.key,
-            "teacher": run.teacher.key if run.teacher else None,
-            "start": run.start.key if run.start else None,
-        }
-        text = json.dumps(content, sort_keys=True, default=str)
-        return Run(**{**vars(run), "key": hashlib.sha256(text.encode()).hexdigest()[:10]})
-
-
-def _stem(spec: DataSpec) -> str:
-    return "scenes" if spec.yaml is None else Path(spec.yaml).parent.name or Path(spec.yaml).stem

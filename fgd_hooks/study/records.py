@@ -9,7 +9,6 @@ import csv
 import gzip
 import io
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 from fgd_hooks.errors import StudyError
 from fgd_hooks.evaluation.arms import TAKEN
-from fgd_hooks.study.plan import Plan, Run
+from fgd_hooks.study.plan import Plan, Run, write_json, write_whole
 from fgd_hooks.study.spec import StudySpec
 
 STUDY, RUNS, CURVES = "study.json", "runs.jsonl", "curves.csv.gz"
@@ -74,24 +73,14 @@ def write_records(folder: Path, runs: Mapping[str, Mapping[str, Any]], curves: C
     """Write ``runs.jsonl`` and ``curves.csv.gz``, the same bytes for the same content."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(run, separators=(",", ":")) + "\n" for _, run in sorted(runs.items())]
-    _write(folder / RUNS, "".join(lines).encode())
+    write_whole(folder / RUNS, "".join(lines).encode())
     columns = dict.fromkeys(column for _, rows in sorted(curves.items()) for row in rows for column in row)
     text = io.StringIO()
     table = csv.DictWriter(text, ["run", *columns], lineterminator="\n")
     table.writeheader()
     table.writerows({"run": name, **row} for name, rows in sorted(curves.items()) for row in rows)
     if curves != read_curves(folder):  # another zlib would pack the same text into other bytes
-        _write(folder / CURVES, gzip.compress(text.getvalue().encode(), 9, mtime=0))
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Write in one piece: a reader sees the old content or the new."""
-    temporary = file.with_name(f".{file.name}.new")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())  # the new name must not survive a loss of power without its content
-    os.replace(temporary, file)
+        write_whole(folder / CURVES, gzip.compress(text.getvalue().encode(), 9, mtime=0))
 
 
 def collect(spec: StudySpec, plan: Plan, folder: Path, whole: Plan) -> tuple[int, list[str]]:
@@ -134,7 +123,7 @@ def collect(spec: StudySpec, plan: Plan, folder: Path, whole: Plan) -> tuple[int
         | {key: value for key, value in asdict(data).items() if key in ("holdout", "fraction", "keep_steps")}
         for name, data in spec.data.items()
     }
-    _write(folder / STUDY, (json.dumps(study, indent=1) + "\n").encode())
+    write_json(folder / STUDY, study)
     return len(done), removed
 
 

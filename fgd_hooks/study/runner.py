@@ -1,23 +1,46 @@
-"""Run the trainings of a study side by side, each in a process of its own with one CPU thread."""
+"""Run the trainings of a study side by side, through submitit: on this machine or on a SLURM cluster."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
+import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from fgd_hooks.study.plan import Run, read_result
-from fgd_hooks.study.processes import log_tail, read_json, start_child, stop_child, write_json
-from fgd_hooks.study.worker import JOB, job_of
+from fgd_hooks.errors import StudyError, needs_extra
+from fgd_hooks.study import worker
+from fgd_hooks.study.lease import LEASE, Lease
+from fgd_hooks.study.plan import Run, read_json, write_json
 
-TRAIN = (sys.executable, "-m", "fgd_hooks.study.worker")
-LOCK, LOG, GUARD = "running.json", "train.log", ".lock"
-_POLL_SECONDS = 0.5
-_OTHERS_SECONDS = 10.0
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+JOB, LOG = "job.json", "train.log"
+CLUSTERS = ("local", "slurm")
+_ROOT = Path(__file__).resolve().parents[2]  # the jobs find the package where this process found it
+_POLL_SECONDS, _OTHERS_SECONDS = 0.5, 10.0
+_END_SECONDS = 10.0
+_LATE_SECONDS = 60.0  # so much later another machine may see a new file in a shared folder
+_DAY, _YEAR = 24 * 60, 365 * 24 * 60  # minutes
+_TAIL_LINES = 25  # the frames of submitit are among them
+
+
+@dataclass
+class Started:
+    """A run that is under way."""
+
+    run: Run
+    lease: Lease
+    device: str
+    job: Any  # submitit's
+    bar: TaskID
+    ended: float | None = None  # when the job was first seen to be over
 
 
 class Runner:
@@ -26,79 +49,156 @@ class Runner:
     Args:
         jobs: how many run at a time.
         devices: as in Ultralytics; given out in turn.
+        threads: CPU threads of each.
+        cluster: "local", or "slurm".
+        slurm: settings of SLURM's jobs, under the names that submitit gives them: partition, time, gpus_per_node, ...
         deadline: value of ``time.monotonic()`` after which no run is started; None: no limit.
-        command: the program, by default the training; it is given the path of the job's file.
+        val_every: validate every so many epochs, for curves; 0: after the last one alone.
+        progress: the display, which gets a bar for each run; None: none.
+        keep_bars: whether the bars of runs that are over stay.
         say: where lines about the progress go.
+        fail: where a line about a failed run goes; None: where the others go. What it raises ends the other runs.
     """
 
     def __init__(
         self,
         jobs: int,
         devices: Sequence[str] = ("cpu",),
+        *,
+        threads: int = 1,
+        cluster: str = "local",
+        slurm: Mapping[str, Any] | None = None,
         deadline: float | None = None,
-        command: Sequence[str] | None = None,
+        val_every: int = 0,
+        progress: Progress | None = None,
+        keep_bars: bool = False,
         say: Callable[[str], None] = print,
+        fail: Callable[[str], None] | None = None,
     ) -> None:
         self.free = [devices[number % len(devices)] for number in range(jobs)]
-        self.deadline, self.command, self.say = deadline, command or TRAIN, say
+        self.threads, self.cluster, self.slurm = threads, cluster, dict(slurm or {})
+        self.deadline, self.val_every = deadline, val_every
+        self.progress, self.keep_bars = progress or progress_display(None), keep_bars
+        self.say, self.fail = say, fail or say
         self.failed: dict[str, str] = {}
         """Folder's name -> why, of the runs that failed or that lack one that failed."""
-        self._running: list[_Running] = []
+        self._started: list[Started] = []
 
     def run(self, runs: Iterable[Run]) -> int:
-        """Train those that are not finished; returns how many were left out because the time was over."""
-        waiting = [run for run in runs if run.result() is None and run.name not in self.failed]
+        """Train those that are not finished; returns how many were left out because the time was over.
+
+        Raises:
+            StudyError: the cluster takes no job.
+        """
+        waiting = [run for run in runs if run.name not in self.failed]
         try:
-            while waiting or self._running:
+            while True:
                 self._collect()
-                waiting = self._without_hopeless(waiting)
+                # another process may have finished some meanwhile
+                waiting = self._without_hopeless([run for run in waiting if run.result() is None])
                 late = self.deadline is not None and time.monotonic() >= self.deadline
-                started = None if late else self._start_one(waiting)
-                if started is not None:
-                    waiting.remove(started)
-                elif late and not self._running:
+                if not self._started and (late or not waiting):
                     return len(waiting)
-                elif waiting or self._running:
-                    time.sleep(_POLL_SECONDS if self._running else _OTHERS_SECONDS)
-                    # what another process has finished meanwhile
-                    waiting = [run for run in waiting if run.result() is None]
+                begun = None if late else self._start_one(waiting)
+                if begun is not None:
+                    waiting.remove(begun)
+                else:
+                    time.sleep(_POLL_SECONDS if self._started else _OTHERS_SECONDS)
         finally:
-            for child in self._running:
-                child.stop()
-            self._running.clear()
-        return 0
+            for started in self._started:
+                self._stop(started)
+            self._started.clear()
 
     def _start_one(self, waiting: Sequence[Run]) -> Run | None:
         if not self.free:
             return None
-        mine = {child.run.key for child in self._running}
+        mine = {started.run.key for started in self._started}
         for run in waiting:
-            if run.key not in mine and all(need.result() is not None for need in run.needs) and lock(run.folder):
-                device = self.free.pop(0)
-                self._running.append(_Running(run, device, self.command))
-                self.say(f"{time.strftime('%H:%M:%S')} started  {run.folder.name} ({run.epochs} epochs, {device})")
+            if run.key in mine or any(need.result() is None for need in run.needs):
+                continue
+            lease = Lease.take(run.folder, self.cluster)
+            if lease is not None:
+                self._start(run, lease, self.free.pop(0))
                 return run
         return None
 
+    def _start(self, run: Run, lease: Lease, device: str) -> None:
+        """Submit a run. What an earlier, interrupted one left is removed: the run begins anew."""
+        for path in lease.folder.iterdir():
+            if path.name != LEASE:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        variables = {key: os.environ[key] for key in ("CUDA_VISIBLE_DEVICES",) if key in os.environ}
+        machine = {"device": device, "threads": self.threads, "val_every": self.val_every}
+        machine |= {"lease": lease.token, "variables": variables}
+        write_json(lease.folder / JOB, run.job(**machine))
+        try:
+            job = self._submit(lease.folder, run, device)
+        except BaseException:
+            lease.release()
+            raise
+        (lease.folder / LOG).symlink_to(os.path.relpath(job.paths.stdout, lease.folder))
+        bar = self.progress.add_task(
+            f"{run.data} {run.arm}, seed {run.seed}", total=max(1, run.epochs), note="starting"
+        )
+        self._started.append(Started(run, lease, device, job, bar))
+        self._say(f"started  {lease.folder.name} ({run.epochs} epochs, {device})")
+
+    def _say(self, text: str) -> None:
+        self.say(f"{time.strftime('%H:%M:%S')} {text}")
+
+    def _submit(self, folder: Path, run: Run, device: str) -> Any:
+        with needs_extra("study"):
+            import submitit
+        try:
+            executor = submitit.AutoExecutor(folder / "submitit", cluster=self.cluster)
+            settings: dict[str, Any] = {"name": run.name, "stderr_to_stdout": True, "timeout_min": _YEAR}
+            if self.cluster == "slurm":
+                settings |= {"timeout_min": _DAY, "cpus_per_task": self.threads}
+                settings |= {"gpus_per_node": 1} if device != "cpu" else {}
+            own = {f"slurm_{key}": value for key, value in self.slurm.items()}
+            executor.update_parameters(**settings, **own)
+            with _surroundings(self.threads):
+                return executor.submit(worker.work, str(folder / JOB))
+        except (NameError, RuntimeError, ValueError) as error:
+            raise StudyError(f"The job cannot be submitted: {error}") from error
+
     def _collect(self) -> None:
-        for child in list(self._running):
-            code = child.process.poll()
-            if code is None:
+        for started in list(self._started):
+            run, folder = started.run, started.lease.folder
+            started.lease.beat()
+            if not started.job.done():
+                self._show(started)
                 continue
-            self._running.remove(child)
-            self.free.append(child.device)
-            child.stop()
-            result = child.run.result()
-            if code or result is None:
-                tail = log_tail(child.folder / LOG)
-                self.failed[child.run.name] = f"exit code {code}"
-                self.say(f"FAILED {child.run.name} (exit code {code}). The end of {child.folder / LOG}:\n{tail}")
-            else:
-                value = result["results"]["val"]["map50_95"]
-                self.say(
-                    f"{time.strftime('%H:%M:%S')} finished {child.folder.name}: val mAP50-95 {100 * (value or 0):.1f}, "
-                    f"{result['cpu_s']:.0f} CPU s"
-                )
+            started.ended = started.ended or time.monotonic()
+            result = run.result()
+            if result is None and self.cluster != "local" and time.monotonic() - started.ended < _LATE_SECONDS:
+                continue
+            self._started.remove(started)
+            self.free.append(started.device)
+            started.lease.release()
+            self.progress.update(started.bar, completed=float(max(1, run.epochs)), visible=self.keep_bars)
+            if result is None:
+                self._report_failure(started)
+                continue
+            value, seconds = result["results"]["val"]["map50_95"], result["cpu_s"]
+            self.progress.update(started.bar, note=f"epoch {run.epochs}/{run.epochs}")
+            self._say(f"finished {folder.name}: val mAP50-95 {100 * (value or 0):.1f}, {seconds:.0f} CPU s")
+
+    def _report_failure(self, started: Started) -> None:
+        log = started.lease.folder / LOG
+        lines = log_tail(log)
+        killed = "it was killed, perhaps for want of memory"
+        reason = lines[-1] if lines and started.job.paths.result_pickle.exists() else killed
+        self.failed[started.run.name] = reason
+        tail = "\n".join(f"  {line}" for line in lines)
+        self.fail(f"FAILED {started.run.name} ({reason}). The end of {log}:\n{tail}")
+
+    def _show(self, started: Started) -> None:
+        """Move the run's bar; a file that is not there yet leaves it as it is."""
+        with suppress(OSError, ValueError):
+            done, total = float(read_json(started.lease.folder / worker.PROGRESS)["epochs"]), started.run.epochs
+            note = "measuring" if done >= total else f"epoch {int(done) + 1}/{total}"
+            self.progress.update(started.bar, completed=done, note=note)
 
     def _without_hopeless(self, waiting: Sequence[Run]) -> list[Run]:
         left = []
@@ -111,51 +211,64 @@ class Runner:
                 left.append(run)
         return left
 
+    def _stop(self, started: Started) -> None:
+        """End a run that is under way and give its folder free."""
+        started.lease.release()
+        if self.cluster != "local":
+            started.job.cancel(check=False)
+            return
+        import psutil  # type: ignore[import-untyped]
 
-class _Running:
-    """One training process. What an earlier, interrupted one left is removed: the run begins anew."""
-
-    def __init__(self, run: Run, device: str, command: Sequence[str]) -> None:
-        self.run, self.device, self.folder = run, device, run.folder
-        for path in self.folder.iterdir():
-            if path.name != LOCK:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        write_json(self.folder / JOB, job_of(run, device))
-        log = self.folder / LOG
-        self.process: subprocess.Popen[bytes] = start_child([*command, str(self.folder / JOB)], self.folder, log, 1)
-
-    def stop(self) -> None:
-        """End the process, if it still runs, and give the folder free."""
-        stop_child(self.process)
-        (self.folder / LOCK).unlink(missing_ok=True)
+        with suppress(psutil.Error):
+            process = psutil.Process(int(started.job.job_id))
+            processes = [*process.children(recursive=True), process]
+            for each in processes:
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
+            psutil.wait_procs(processes, timeout=_END_SECONDS)
 
 
-def lock(folder: Path) -> bool:
-    """Take a run's folder for this process; False where it is finished, or another living process has it."""
-    from filelock import FileLock
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / GUARD):  # two processes may find the same lock of a dead one
-        if read_result(folder) is not None or in_progress(folder):
-            return False
-        write_json(folder / LOCK, {"pid": os.getpid(), "since": _since(os.getpid())})
-    return True
-
-
-def in_progress(folder: Path) -> bool:
-    """Whether a living process has the run's folder."""
+@contextmanager
+def _surroundings(threads: int) -> Iterator[None]:
+    """What a job takes over from this process when it is submitted: variables, and to leave Ctrl-C to the study."""
+    number = str(threads)
+    variables = {
+        # Threads that wait for each other give their core away sooner: on idle cores this costs nothing, beside
+        # other programs two threads were seven times faster with it.
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH")))),
+        "OMP_NUM_THREADS": number,
+        "MKL_NUM_THREADS": number,
+    }
+    before = {key: os.environ.get(key) for key in variables}
+    os.environ.update(variables)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        owner = read_json(folder / LOCK)
-        return bool(_since(int(owner["pid"])) == owner["since"])
-    except (OSError, ValueError, KeyError):
-        return False
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for key, value in before.items():
+            os.environ.pop(key, None)
+            os.environ.update({key: value} if value is not None else {})
 
 
-def _since(pid: int) -> float:
-    """When a process was started: a number that its successor with the same id does not share; -1: there is none."""
-    import psutil  # type: ignore[import-untyped]
+def log_tail(file: Path) -> list[str]:
+    """The last lines of a log; of a line that a progress bar rewrote, its last state."""
+    text = file.read_text(errors="replace") if file.is_file() else ""
+    lines = [line.split("\r")[-1].rstrip() for line in text.split("\n")]
+    return [line for line in lines if line][-_TAIL_LINES:]
 
-    try:
-        return float(psutil.Process(pid).create_time())
-    except psutil.Error:
-        return -1.0
+
+def progress_display(console: Console | None, **options: Any) -> Progress:
+    """The progress display: run, bar, where in it, time spent and time left; without a console it shows nothing."""
+    with needs_extra("study"):
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    columns = (
+        TextColumn("{task.description:>18}"),
+        BarColumn(),
+        TextColumn("{task.fields[note]:<20}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, disable=console is None, speed_estimate_period=120, **options)

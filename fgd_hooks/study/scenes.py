@@ -21,29 +21,14 @@ import numpy.typing as npt
 from PIL import Image, ImageChops, ImageDraw
 
 CLASSES = ("disc", "ring", "square", "grating", "triangle", "star")
-
-
 DISTRACTORS = ("hexagon", "ellipse", "cross", "bar", "striped_disc")
-
-
 DRAWING = 1  # raise this when the same settings draw other pictures than before
-
-
 _SPLITS = ("train", "val")
-
-
 _SUPERSAMPLING = 4  # masks are drawn this much larger and averaged down, for smooth edges
-
-
 _RADII = (0.05, 0.2)  # least and greatest radius of a shape, in widths of the image
-
-
 _MIN_VISIBLE = 0.3  # a shape of which less is left uncovered gets no box
 
-
 Point = tuple[float, float]
-
-
 Mask = npt.NDArray[np.bool_]
 
 
@@ -246,38 +231,34 @@ def _paint(image: Image.Image, shape: _Shape, rng: np.random.Generator) -> Mask:
 
 def _outline_mask(shape: _Shape, size: int) -> Image.Image:
     """Coverage of the pixels by a shape, 0..255, (size, size)."""
-    large = Image.new("L", (size * _SUPERSAMPLING, size * _SUPERSAMPLING), 0)
-    pencil = ImageDraw.Draw(large)
-    pencil.polygon(_to_canvas(shape, _outline(shape.kind, shape.detail)), fill=255)
+    parts = [(_outline(shape.kind, shape.detail), 255)]
     if shape.kind == "ring":
-        hole = 0.35 + 0.3 * shape.detail
-        pencil.polygon(_to_canvas(shape, _regular(48, hole)), fill=0)
-    return large.reduce(_SUPERSAMPLING)
+        parts.append((_regular(48, 0.35 + 0.3 * shape.detail), 0))
+    return _polygons(shape, size, parts)
 
 
 def _stripes_mask(shape: _Shape, size: int) -> Image.Image:
     """Stripes across a shape's square, 0..255, (size, size): 3 to 5 dark bars."""
-    large = Image.new("L", (size * _SUPERSAMPLING, size * _SUPERSAMPLING), 0)
-    pencil = ImageDraw.Draw(large)
     bars = 3 + int(shape.detail * 2.999)
     step = 2 / (2 * bars + 1)
-    for bar in range(bars):
-        left = -1 + step * (2 * bar + 1)
-        corners = [(left, -1.5), (left + step, -1.5), (left + step, 1.5), (left, 1.5)]
-        pencil.polygon(_to_canvas(shape, corners), fill=255)
+    edges = [-1 + step * (2 * bar + 1) for bar in range(bars)]
+    return _polygons(shape, size, [([(x, -1.5), (x + step, -1.5), (x + step, 1.5), (x, 1.5)], 255) for x in edges])
+
+
+def _polygons(shape: _Shape, size: int, parts: Sequence[tuple[list[Point], int]]) -> Image.Image:
+    """Polygons around a shape's centre, drawn one after the other in their grey, (size, size)."""
+    large = Image.new("L", (size * _SUPERSAMPLING, size * _SUPERSAMPLING), 0)
+    pencil = ImageDraw.Draw(large)
+    for points, grey in parts:
+        pencil.polygon(_to_canvas(shape, points), fill=grey)
     return large.reduce(_SUPERSAMPLING)
 
 
 def _outline(kind: str, detail: float) -> list[Point]:
     """Corners of a shape of radius 1 around the origin."""
-    if kind in ("disc", "ring", "striped_disc"):
-        return _regular(48)
-    if kind in ("square", "grating"):
-        return _regular(4, turn=0.5)
-    if kind == "triangle":
-        return _regular(3)
-    if kind == "hexagon":
-        return _regular(6)
+    if kind in REGULAR:
+        corners, turn = REGULAR[kind]
+        return _regular(corners, turn=turn)
     if kind == "star":
         outer, inner = _regular(5), _regular(5, 0.45, turn=0.5)
         return [point for pair in zip(outer, inner, strict=True) for point in pair]
@@ -292,6 +273,15 @@ def _outline(kind: str, detail: float) -> list[Point]:
         points += quarter
         quarter = [(-y, x) for x, y in quarter]
     return points
+
+
+REGULAR = {
+    **dict.fromkeys(("disc", "ring", "striped_disc"), (48, 0.0)),
+    **dict.fromkeys(("square", "grating"), (4, 0.5)),
+    "triangle": (3, 0.0),
+    "hexagon": (6, 0.0),
+}
+"""Kinds that are regular polygons: corners, and how far they are turned."""
 
 
 def _regular(corners: int, radius: float = 1.0, turn: float = 0.0) -> list[Point]:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import importlib.util
+import itertools
 import re
+import sys
 import typing
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import fgd_hooks.study.ablation  # noqa: F401  (registers its loss)
+from omegaconf import OmegaConf
+
 from fgd_hooks.config import load_config
 from fgd_hooks.errors import ConfigError, StudyError
+from fgd_hooks.evaluation.arms import TAKEN
 from fgd_hooks.pairing import check_names
 from fgd_hooks.utils.registry import suggestion
+from fgd_hooks.utils.structured_config import load
 
 KINDS = ("alone", "builtin", "fgd")
 
@@ -50,287 +57,278 @@ SETTINGS: dict[str, Any] = {
 }
 """Ultralytics' settings of every run, unless the study says otherwise (``train:``)."""
 
-TAKEN = ("teacher", "pretrain")
-"""Names that no arm may have: those of the runs that arms need."""
-
-Require = Callable[[bool, str], None]
-
 RESERVED = ("data", "device", "distill_model", "epochs", "exist_ok", "model", "name", "project", "resume", "seed")
+"""Ultralytics' settings that the study itself sets."""
 
 
 @dataclass
 class TeacherSpec:
-    """The teacher of one data set.
+    """The teacher of one data set."""
 
-    Attributes:
-        weights: its file; used where it exists.
-        model: model yaml of a teacher that the study trains itself where there are no weights.
-        scale: depth, width and most channels that replace those of that yaml; null: as they are.
-        epochs: how long it is trained.
-        seed: of its training.
-        train: Ultralytics settings that differ from the study's.
-    """
-
-    weights: str | None = None
-    model: str | None = None
-    scale: list[float] | None = None
-    epochs: int = 25
-    seed: int = 0
-    train: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None  # its file; used where it exists
+    model: str | None = None  # model yaml of a teacher that the study trains itself where there are no weights
+    scale: list[float] | None = None  # depth, width and most channels that replace those of that yaml
+    epochs: int = 25  # how long it is trained
+    seed: int = 0  # of its training
+    train: dict[str, Any] = field(default_factory=dict)  # Ultralytics settings that differ from the study's
 
 
 @dataclass
 class PretrainSpec:
-    """A training of the student alone on another data set, whose last weights the students of all arms start from.
+    """A training of the student alone on another data set, whose last weights the students of all arms start from."""
 
-    Attributes:
-        data: name of a data set of the study.
-        epochs: how long.
-        seed: of that training; one serves all seeds of the students.
-    """
-
-    data: str = ""
-    epochs: int = 45
-    seed: int = 0
+    data: str = ""  # name of a data set of the study
+    epochs: int = 45  # how long
+    seed: int = 0  # of that training; one serves all seeds of the students
 
 
 @dataclass
 class StudentSpec:
-    """The student.
+    """The student."""
 
-    Attributes:
-        model: model yaml (a file, or the name of one that Ultralytics brings along) or weights.
-        scale: depth, width and most channels that replace those of the yaml; null: as they are.
-        name: what to call it in tables; null: the file's name.
-        pretrain: where its weights come from; null: from ``model``.
-    """
-
-    model: str = "yolo26n.yaml"
-    scale: list[float] | None = None
-    name: str | None = None
-    pretrain: PretrainSpec | None = None
+    model: str = "yolo26n.yaml"  # model yaml (a file, or a name that Ultralytics brings along) or weights
+    scale: list[float] | None = None  # depth, width and most channels that replace those of the yaml
+    name: str | None = None  # what to call it in tables; null: the file's name
+    pretrain: PretrainSpec | None = None  # where its weights come from; null: from ``model``
 
 
 @dataclass
 class DataSpec:
     """One data set.
 
-    Attributes:
-        yaml: data yaml in YOLO format; null with ``scenes``.
-        scenes: settings of the drawn set (fgd_hooks/study/scenes.py); its test split is drawn with another seed.
-        holdout: this share of the training images becomes val, and the yaml's val becomes test: for sets without a
-            test split.
-        fraction: share of the training images that the students see, chosen by ``subset_seed``; a smaller share is
-            part of a larger one.
-        subset_seed: of holdout and fraction.
-        keep_steps: with a fraction, show as many images in all as without it (more epochs, and about as many
-            optimizer steps; more where few images leave the last batch of an epoch half empty); false: the same number
-            of epochs.
-        teacher: of this data set; it sees all training images, whatever the fraction.
-        student: instead of the study's.
-        epochs: instead of the study's.
-        train: Ultralytics settings that differ from the study's.
-        compare: whether the arms are trained on it; false: for pretraining alone.
+    ``holdout`` is for sets without a test split: this share of the training images becomes val, and the yaml's val
+    becomes test. With a ``fraction``, ``keep_steps`` shows as many images in all as without it: more epochs, and about
+    as many optimizer steps (more where few images leave the last batch of an epoch half empty).
     """
 
-    yaml: str | None = None
-    scenes: dict[str, Any] | None = None
+    yaml: str | None = None  # data yaml in YOLO format; null with ``scenes``
+    scenes: dict[str, Any] | None = None  # settings of the drawn set (scenes.py), whose test split has another seed
     holdout: float = 0.0
-    fraction: float = 1.0
-    subset_seed: int = 0
+    fraction: float = 1.0  # share of the training images that the students see; a smaller share is part of a larger one
+    subset_seed: int = 0  # which images holdout and fraction choose
     keep_steps: bool = False
-    teacher: TeacherSpec | None = None
-    student: StudentSpec | None = None
-    epochs: int | None = None
-    train: dict[str, Any] = field(default_factory=dict)
-    compare: bool = True
+    teacher: TeacherSpec | None = None  # of this data set; it sees all training images, whatever the fraction
+    student: StudentSpec | None = None  # instead of the study's
+    epochs: int | None = None  # instead of the study's
+    train: dict[str, Any] = field(default_factory=dict)  # Ultralytics settings that differ from the study's
+    compare: bool = True  # whether the arms are trained on it; false: for pretraining alone
 
 
 @dataclass
 class ArmSpec:
     """One way to train the student.
 
-    Attributes:
-        kind: "alone", "builtin" (Ultralytics' ``distill_model=``) or "fgd".
-        epochs: instead of the study's; then the arm's budget differs from the others'.
-        compute: name of an arm; this one trains as many epochs as cost the same CPU seconds, measured on the finished
-            runs of that arm and of the baseline.
-        fgd: settings of the distillation that differ from the library's defaults.
-        train: Ultralytics settings that differ from the other arms'.
-        data: names of the data sets; null: all.
+    ``compute`` names an arm: this one trains as many epochs as cost the same CPU seconds, measured on the finished runs
+    of that arm and of the baseline.
     """
 
-    kind: str = "fgd"
-    epochs: int | None = None
+    kind: str = "fgd"  # "alone", "builtin" (Ultralytics' ``distill_model=``) or "fgd"
+    epochs: int | None = None  # instead of the study's; then the arm's budget differs from the others'
     compute: str | None = None
-    fgd: dict[str, Any] = field(default_factory=dict)
-    train: dict[str, Any] = field(default_factory=dict)
-    data: list[str] | None = None
+    fgd: dict[str, Any] = field(default_factory=dict)  # of the distillation, where they differ from the defaults
+    train: dict[str, Any] = field(default_factory=dict)  # Ultralytics settings that differ from the other arms'
+    data: list[str] | None = None  # names of the data sets; null: all
 
 
 @dataclass
 class StudySpec:
-    """A study: arms x seeds x data sets.
+    """A study: arms x seeds x data sets."""
 
-    Attributes:
-        name: of the study and of its folder in results/.
-        about: what it asks, for the head of its tables.
-        epochs: of every student, unless a data set or an arm says otherwise.
-        seeds: of the students.
-        baseline: the arm that the others are compared with.
-        train: Ultralytics settings of all runs that differ from ``SETTINGS``.
-        fgd: settings of the distillation, in all arms of kind "fgd", that differ from the library's defaults; those of
-            an arm are merged into them.
-        student: of all data sets that name none.
-        data: the data sets by name.
-        arms: the arms by name, in the order of the tables.
-    """
-
-    name: str = ""
-    about: str = ""
-    epochs: int = 45
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    baseline: str = "alone"
-    train: dict[str, Any] = field(default_factory=dict)
-    fgd: dict[str, Any] = field(default_factory=dict)
-    student: StudentSpec = field(default_factory=StudentSpec)
-    data: dict[str, DataSpec] = field(default_factory=dict)
-    arms: dict[str, ArmSpec] = field(default_factory=dict)
+    name: str = ""  # of the study and of its folder of results
+    about: str = ""  # what it asks, for the head of its tables
+    epochs: int = 45  # of every student, unless a data set or an arm says otherwise
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of the students
+    baseline: str = "alone"  # the arm that the others are compared with
+    plugins: list[str] = field(default_factory=list)  # Python files beside this one: losses, adapters
+    train: dict[str, Any] = field(default_factory=dict)  # Ultralytics settings of all runs that differ from SETTINGS
+    fgd: dict[str, Any] = field(default_factory=dict)  # of the distillation in all arms; an arm's own win
+    student: StudentSpec = field(default_factory=StudentSpec)  # of all data sets that name none
+    data: dict[str, DataSpec] = field(default_factory=dict)  # the data sets by name
+    arms: dict[str, ArmSpec] = field(default_factory=dict)  # the arms by name, in the order of the tables
 
 
 def load_study(file: str | Path) -> StudySpec:
-    """Read and check a study file.
+    """Read and check a study file, and import its plug-ins.
 
     Raises:
         FileNotFoundError: there is no such file.
         StudyError: it is no YAML, has an unknown key (the message names the nearest one), a wrong type or an
-            impossible value.
+            impossible value, or a plug-in fails.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
-    from yaml import YAMLError
-
-    file = Path(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"The study file {str(file)!r} does not exist.")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(StudySpec), OmegaConf.load(file))
-        spec = typing.cast(StudySpec, OmegaConf.to_object(merged))
-    except ConfigKeyError as error:
-        key = str(error.full_key)
-        known = [name for name in _keys(StudySpec) if name]
-        raise StudyError(f"{file}: there is no key {key}. {suggestion(key.rsplit('.', 1)[-1], known)}") from error
-    except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
-        raise StudyError(f"{file}: {' '.join(str(error).split())}") from error
+        spec = load(StudySpec, file)
+    except ConfigError as error:
+        raise StudyError(str(error)) from error
+    file = Path(file)
+    spec.plugins = [str((file.parent / Path(plugin).expanduser()).resolve()) for plugin in spec.plugins]
+    load_plugins(spec.plugins)
     for arm in spec.arms.values():
         if arm.kind == "fgd":  # before the check: two settings may exclude each other
-            arm.fgd = typing.cast(dict[str, Any], OmegaConf.to_object(OmegaConf.merge(spec.fgd, arm.fgd)))
-    _check(spec, file)
+            arm.fgd = typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(spec.fgd, arm.fgd)))
+    rules = [_rules(where, section, spec) for where, section in sections(spec)]
+    for holds, message in itertools.chain(*rules, _baseline(spec)):
+        if not holds:
+            raise StudyError(f"{file}: {message}")
     return spec
 
 
-def _keys(schema: Any) -> list[str]:
-    """The names of all fields of a section and of those inside it."""
-    found: list[str] = []
-    for name, kind in typing.get_type_hints(schema).items():
-        found.append(name)
-        for part in (kind, *typing.get_args(kind)):
-            if dataclasses.is_dataclass(part):
-                found += _keys(part)
-    return list(dict.fromkeys(found))
+def load_plugins(files: Iterable[str]) -> None:
+    """Import Python files, each once a process: they register losses and adapters under names that the runs use.
 
-
-def _check(spec: StudySpec, file: Path) -> None:
-    def require(holds: bool, message: str) -> None:
-        if not holds:
-            raise StudyError(f"{file}: {message}")
-
-    def check_settings(where: str, settings: dict[str, Any]) -> None:
+    Raises:
+        StudyError: there is no such file, or it raises an error.
+    """
+    for file in files:
+        if not Path(file).is_file() or Path(file).suffix != ".py":
+            raise StudyError(f"plugins: {file!r} does not exist; expected a Python file beside the study file.")
+        name = f"fgd_plugin_{hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]}"  # a copy is the same plug-in
+        specification = importlib.util.spec_from_file_location(name, file)
+        if name in sys.modules or specification is None or specification.loader is None:
+            continue
+        module = sys.modules[name] = importlib.util.module_from_spec(specification)
         try:
-            check_names(load_config(None, settings))
-        except ConfigError as error:
-            raise StudyError(f"{file}: {where}: {error}") from error
-
-    def check_name(where: str, name: str) -> None:
-        # names become files' names, and parts of patterns that look for them
-        require(re.fullmatch(r"[\w.-]+", name) is not None, f"{where}: expected letters, digits, '_', '.' and '-'.")
-
-    def check_baseline() -> None:
-        known = suggestion(spec.baseline, spec.arms)
-        require(spec.baseline in spec.arms, f"baseline is {spec.baseline!r}, which is no arm. {known}")
-
-    require(bool(spec.name) and Path(spec.name).name == spec.name, f"name is {spec.name!r}; expected a folder's name.")
-    require(bool(spec.data), "data is empty; expected one data set or more.")
-    require(bool(spec.arms), "arms is empty; expected one arm or more.")
-    require(bool(spec.seeds) and len(set(spec.seeds)) == len(spec.seeds), f"seeds are {spec.seeds}; expected one each.")
-    require(spec.epochs >= 1, f"epochs is {spec.epochs}; expected 1 or more.")
-    for name, data in spec.data.items():
-        check_name(f"data.{name}", name)
-        _check_data(spec, name, data, require)
-    pairs = Counter(f"{data}-{arm}" for data in spec.data for arm in spec.arms)
-    twins = [pair for pair, count in pairs.items() if count > 1]
-    require(not twins, f"data set and arm are both called {''.join(twins[:1])!r} in two ways; rename one of them.")
-    _check_student("student", spec.student, spec, require)
-    check_settings("fgd", spec.fgd)
-    for name, arm in spec.arms.items():
-        where = f"arms.{name}"
-        check_name(where, name)
-        require(name not in TAKEN, f"{where}: the name is taken; {' and '.join(TAKEN)} are what the arms need.")
-        require(arm.kind in KINDS, f"{where}.kind is {arm.kind!r}. {suggestion(arm.kind, KINDS)}")
-        require(arm.kind == "fgd" or not arm.fgd, f"{where}.fgd has no effect with kind {arm.kind}.")
-        require(arm.epochs is None or arm.epochs >= 1, f"{where}.epochs is {arm.epochs}; expected 1 or more.")
-        if arm.compute is not None:
-            require(arm.epochs is None, f"{where} has both epochs and compute; expected one of them.")
-            require(arm.compute in spec.arms, f"{where}.compute is no arm. {suggestion(arm.compute, spec.arms)}")
-            check_baseline()
-            fixed = all(spec.arms[each].compute is None for each in (arm.compute, spec.baseline))
-            require(fixed, f"{where}.compute must name an arm whose epochs are given, as must the baseline.")
-            for each in (arm.compute, spec.baseline):
-                lacking = set(arm.data or spec.data) - set(spec.arms[each].data or spec.data)
-                require(not lacking, f"{where}.compute: {each} has no run on {', '.join(sorted(lacking))}.")
-        require(arm.data != [], f"{where}.data is empty; expected names of data sets, or null for all.")
-        for each in arm.data or ():
-            require(each in spec.data, f"{where}.data: there is no data set {each!r}. {suggestion(each, spec.data)}")
-        compared = [each for each in arm.data or spec.data if spec.data[each].compare and arm.kind != "alone"]
-        for each in compared:
-            require(spec.data[each].teacher is not None, f"{where} needs data.{each}.teacher.")
-        if arm.kind == "fgd":
-            check_settings(f"{where}.fgd", arm.fgd)
-    sections = [("train", spec.train), *((f"data.{k}.train", v.train) for k, v in spec.data.items())]
-    sections += [(f"arms.{k}.train", v.train) for k, v in spec.arms.items()]
-    sections += [(f"data.{k}.teacher.train", v.teacher.train) for k, v in spec.data.items() if v.teacher]
-    for where, settings in sections:
-        taken = [key for key in RESERVED if key in settings]
-        require(not taken, f"{where}.{''.join(taken[:1])} is set by the study itself.")
-    check_baseline()
+            specification.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[name]
+            raise StudyError(f"plugins: {file!r} fails: {type(error).__name__}: {error}") from error
 
 
-def _check_data(spec: StudySpec, name: str, data: DataSpec, require: Require) -> None:
-    where = f"data.{name}"
-    require((data.yaml is None) != (data.scenes is None), f"{where} needs either yaml or scenes.")
-    require(0 < data.fraction <= 1, f"{where}.fraction is {data.fraction}; expected a share above 0, up to 1.")
-    require(0 <= data.holdout < 1, f"{where}.holdout is {data.holdout}; expected a share from 0 to below 1.")
-    require(not data.holdout or data.yaml is not None, f"{where}.holdout: the drawn set has a test split of its own.")
-    require(data.epochs is None or data.epochs >= 1, f"{where}.epochs is {data.epochs}; expected 1 or more.")
-    if data.teacher is not None:
-        given = data.teacher.weights or data.teacher.model
-        require(bool(given), f"{where}.teacher needs weights, or a model to train.")
-        found = data.teacher.epochs
-        require(found >= 1, f"{where}.teacher.epochs is {found}; expected 1 or more (only a teacher without weights).")
-        _check_scale(f"{where}.teacher", data.teacher.scale, require)
-    if data.student is not None:
-        _check_student(f"{where}.student", data.student, spec, require)
+def sections(section: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """A section and all those inside it, each with its place: ``("data.cells.teacher", TeacherSpec(...))``."""
+    yield where, section
+    for name, value in vars(section).items():
+        for key, each in value.items() if isinstance(value, dict) else [("", value)]:
+            if dataclasses.is_dataclass(each):
+                yield from sections(each, _join(where, f"{name}.{key}".rstrip(".")))
 
 
-def _check_student(where: str, student: StudentSpec, spec: StudySpec, require: Require) -> None:
-    _check_scale(where, student.scale, require)
-    if (pretrain := student.pretrain) is not None:
-        known = suggestion(pretrain.data, spec.data)
-        require(pretrain.data in spec.data, f"{where}.pretrain.data: no data set {pretrain.data!r}. {known}")
-        found = pretrain.epochs
-        require(found >= 1, f"{where}.pretrain.epochs is {found}; expected 1 or more.")
+def check_training(spec: StudySpec, find: Callable[[str], str]) -> None:
+    """Check the ``train`` settings and the models' yaml files of a study by what Ultralytics says to them.
+
+    Args:
+        spec: the study.
+        find: a model's whole path by its text in the study, or the text where it is a name of Ultralytics' own.
+
+    Raises:
+        StudyError: a setting that Ultralytics does not have (the message names the nearest) or not with that value, or
+            a yaml that is no file and none that Ultralytics brings along.
+    """
+    from ultralytics.cfg import get_cfg
+    from ultralytics.nn.tasks import yaml_model_load
+    from ultralytics.utils import DEFAULT_CFG_DICT
+
+    for where, section in sections(spec):
+        settings, model = getattr(section, "train", {}), getattr(section, "model", None)
+        for key in settings:
+            if key not in DEFAULT_CFG_DICT:
+                known = suggestion(key, DEFAULT_CFG_DICT)
+                raise StudyError(f"{_join(where, 'train')}.{key} is no setting of Ultralytics. {known}")
+        try:
+            get_cfg(overrides={**SETTINGS, **settings})
+        except (TypeError, ValueError) as error:
+            raise StudyError(f"{_join(where, 'train')}: {error}") from error
+        if model and Path(model).suffix in (".yaml", ".yml"):  # not weights, which Ultralytics may have to fetch
+            try:
+                yaml_model_load(find(model))
+            except FileNotFoundError as error:
+                message = f"{where}.model: {model!r} is neither a file nor a model that Ultralytics brings along."
+                raise StudyError(message) from error
 
 
-def _check_scale(where: str, scale: list[float] | None, require: Require) -> None:
-    right = scale is None or (len(scale) == 3 and min(scale) > 0)
-    require(right, f"{where}.scale is {scale}; expected three numbers above 0: depth, width and most channels.")
+Rules = Iterator[tuple[bool, str]]
+"""What has to hold, one after the other, and what to say where it does not."""
+
+BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "epochs": (lambda value: value >= 1, "1 or more"),
+    "fraction": (lambda value: 0 < value <= 1, "a share above 0, up to 1"),
+    "holdout": (lambda value: 0 <= value < 1, "a share from 0 to below 1"),
+    "scale": (lambda value: len(value) == 3 and min(value) > 0, "three numbers above 0: depth, width, most channels"),
+    "seeds": (lambda value: 0 < len(value) == len(set(value)), "different numbers, one or more"),
+}
+"""Key, in whatever section -> which values it may have, unless it is null."""
+
+
+def _rules(where: str, section: Any, spec: StudySpec) -> Rules:
+    for key, value in vars(section).items():
+        if key in BOUNDS and value is not None:
+            holds, expected = BOUNDS[key]
+            yield holds(value), f"{_join(where, key)} is {value}; expected {expected}."
+    for key in getattr(section, "train", ()):
+        yield key not in RESERVED, f"{_join(where, 'train')}.{key} is set by the study itself."
+    if type(section) in RELATIONS:
+        yield from RELATIONS[type(section)](where, section, spec)
+
+
+def _study(where: str, study: StudySpec, spec: StudySpec) -> Rules:
+    yield Path(study.name).name == study.name != "", f"name is {study.name!r}; expected a folder's name."
+    for key, named in (("data", study.data), ("arms", study.arms)):
+        yield len(named) > 0, f"{key} is empty; expected one or more."
+        for name in named:  # names become files' names, and parts of patterns that look for them
+            yield bool(re.fullmatch(r"[\w.-]+", name)), f"{key}.{name}: expected letters, digits, '_', '.' and '-'."
+    for name in TAKEN:
+        yield name not in study.arms, f"arms.{name}: the name is taken; {' and '.join(TAKEN)} are what the arms need."
+    for pair, count in Counter(f"{data}-{arm}" for data in study.data for arm in study.arms).items():
+        yield count == 1, f"data set and arm are both called {pair!r} in two ways; rename one of them."
+    yield from _distillation("fgd", study.fgd)
+
+
+def _baseline(spec: StudySpec) -> Rules:
+    known = suggestion(spec.baseline, spec.arms)
+    yield spec.baseline in spec.arms, f"baseline is {spec.baseline!r}, which is no arm. {known}"
+
+
+def _distillation(where: str, settings: dict[str, Any]) -> Rules:
+    try:
+        check_names(load_config(None, settings))
+    except ConfigError as error:
+        yield False, f"{where}: {error}"
+
+
+def _data(where: str, data: DataSpec, spec: StudySpec) -> Rules:
+    yield (data.yaml is None) != (data.scenes is None), f"{where} needs either yaml or scenes."
+    yield not data.holdout or data.yaml is not None, f"{where}.holdout: the drawn set has a test split of its own."
+    teacher = data.teacher
+    yield (
+        teacher is None or bool(teacher.weights or teacher.model),
+        f"{where}.teacher needs weights, or a model to train.",
+    )
+
+
+def _pretrain(where: str, pretrain: PretrainSpec, spec: StudySpec) -> Rules:
+    known = suggestion(pretrain.data, spec.data)
+    yield pretrain.data in spec.data, f"{where}.data: no data set {pretrain.data!r}. {known}"
+
+
+def _arm(where: str, arm: ArmSpec, spec: StudySpec) -> Rules:
+    yield arm.kind in KINDS, f"{where}.kind is {arm.kind!r}. {suggestion(arm.kind, KINDS)}"
+    yield arm.kind == "fgd" or not arm.fgd, f"{where}.fgd has no effect with kind {arm.kind}."
+    yield arm.data != [], f"{where}.data is empty; expected names of data sets, or null for all."
+    names = arm.data or list(spec.data)
+    for name in names:
+        yield name in spec.data, f"{where}.data: there is no data set {name!r}. {suggestion(name, spec.data)}"
+        taught = arm.kind != "alone" and spec.data[name].compare
+        yield not taught or spec.data[name].teacher is not None, f"{where} needs data.{name}.teacher."
+    if arm.compute is not None:
+        yield arm.epochs is None, f"{where} has both epochs and compute; expected one of them."
+        yield arm.compute in spec.arms, f"{where}.compute is no arm. {suggestion(arm.compute, spec.arms)}"
+        yield from _baseline(spec)
+        for other in (arm.compute, spec.baseline):
+            fixed = spec.arms[other].compute is None
+            yield fixed, f"{where}.compute must name an arm whose epochs are given, as must the baseline."
+            lacking = sorted(set(names) - set(spec.arms[other].data or spec.data))
+            yield not lacking, f"{where}.compute: {other} has no run on {', '.join(lacking)}."
+    if arm.kind == "fgd":
+        yield from _distillation(f"{where}.fgd", arm.fgd)
+
+
+RELATIONS: dict[type, Callable[[str, Any, StudySpec], Rules]] = {
+    StudySpec: _study,
+    DataSpec: _data,
+    PretrainSpec: _pretrain,
+    ArmSpec: _arm,
+}
+"""Section -> what has to hold between its keys, and with other sections."""
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key

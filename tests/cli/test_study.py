@@ -16,19 +16,20 @@ import yaml
 
 from fgd_hooks.cli.main import main
 from fgd_hooks.cli.study import _slots
-from fgd_hooks.study import runner
+from fgd_hooks.study import worker
 from fgd_hooks.study.plan import TEST
 from fgd_hooks.study.records import read_curves, read_runs
-from tests.helpers.studies import fake_command, make_data, make_study, planner
+from tests.helpers.fake_training import fake
+from tests.helpers.studies import make_cluster, make_data, make_study, planner, quick
 
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
     """A study whose trainings and test measurements are made up; in a working directory of its own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runner, "TRAIN", fake_command(tmp_path))
+    quick(monkeypatch)
     found = {"map50_95": 0.25, "per_class": [{"name": "a", "map50_95": 0.25}]}
-    monkeypatch.setattr("fgd_hooks.study.worker.measure", lambda job, split, evaluate: dict(found))
+    monkeypatch.setattr("fgd_hooks.study.worker.measure", lambda job, split: dict(found))
     return make_study(tmp_path)
 
 
@@ -207,23 +208,42 @@ def test_flags_together_are_done_in_their_order(study, capsys):
     [
         (("--jobs", "0"), "--jobs is 0; expected 1 or more"),
         (("--device", "0,"), "--device is '0,'"),
-        (("--seeds", "77"), "has no seed 77; its seeds are 0, 1"),
+        (("--seeds", "77"), "There is no seed 77 in"),
         (("--dry-run", "--collect", "kept"), "--dry-run goes alone"),
+        (("--cluster", "slurm", "--device", "0,1"), "a job of a cluster has a GPU of its own"),
+        (("--cluster", "slurm", "--slurm", "partition"), "--slurm: 'partition' cannot be read; expected key=value"),
     ],
 )
 def test_impossible_flags(study, capsys, flags, said):
     assert fgd(study, *flags) == 2
     assert said in capsys.readouterr().err
-    assert not (study.parent / "runs").exists()
+    assert not list(study.parent.glob("runs/a-*"))
 
 
 @pytest.mark.parametrize(
-    ("given", "jobs", "slots"),
-    [(("cpu",), None, len(os.sched_getaffinity(0))), (("0",), None, 1), (("0", "1"), None, 2), (("0",), 3, 3)],
+    ("given", "jobs", "cluster", "slots"),
+    [
+        ("cpu", None, "local", len(os.sched_getaffinity(0))),
+        ("0", None, "local", 1),
+        ("0,1", None, "local", 2),
+        ("0", 3, "local", 3),
+        ("cpu", None, "slurm", 100),
+    ],
 )
-def test_as_many_trainings_as_devices(given, jobs, slots):
-    arguments = argparse.Namespace(device=",".join(given), jobs=jobs)
-    assert _slots(arguments) == (list(given), slots)
+def test_as_many_trainings_as_devices(given, jobs, cluster, slots):
+    arguments = argparse.Namespace(device=given, jobs=jobs, cluster=cluster)
+    assert _slots(arguments) == (given.split(","), slots)
+
+
+@pytest.mark.parametrize("flags", [(), ("--cluster", "slurm", "--slurm", "partition=gpu", "time=60")])
+def test_trainings_in_processes_of_their_own(tmp_path, monkeypatch, capsys, flags):
+    cluster = make_cluster(tmp_path / "cluster", monkeypatch)
+    monkeypatch.setattr(worker, "work", fake)
+    assert fgd(make_study(tmp_path), "--jobs", "2", "--only", "alone", *flags) == 0
+    assert capsys.readouterr().out.count("finished a-alone-s") == 2
+    submitted = [file.read_text() for file in cluster.glob("*.sh")]
+    assert len(submitted) == (2 if flags else 0)
+    assert all("--partition=gpu" in text and "--time=60" in text for text in submitted)
 
 
 @pytest.mark.parametrize(
@@ -262,6 +282,7 @@ def test_real_trainings(tmp_path, capsys, monkeypatch):
     student = {"model": "yolo26n.yaml", "scale": [0.33, 0.0625, 1024], "name": "tiny"}
     content = {
         "name": "real",
+        "plugins": [str(Path(__file__).parents[2] / "configs" / "studies" / "fgd_ablation.py")],
         "epochs": 1,
         "seeds": [0, 1],
         "train": {"imgsz": 64, "batch": 4, "nbs": 4},

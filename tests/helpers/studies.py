@@ -1,35 +1,22 @@
-"""A study of fake trainings: YOLO files, small grey images, and a program that writes results instead of training."""
+"""A study of fake trainings (tests/helpers/fake_training.py): YOLO files and small grey images."""
 
 from __future__ import annotations
 
-import sys
+import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import yaml
 from PIL import Image
 
-from fgd_hooks.study.plan import Planner
+from fgd_hooks.study import runner
+from fgd_hooks.study.plan import Planner, Run
+from fgd_hooks.study.runner import JOB, Runner
 from fgd_hooks.study.spec import load_study
-
-FAKE = """
-import json, sys, pathlib
-file = pathlib.Path(sys.argv[1])
-job = json.loads(file.read_text())
-calls = file.parent.parent / "calls.txt"
-with calls.open("a") as stream:
-    stream.write(job["name"] + "\\n")
-if job["settings"].get("warmup_epochs") == 13:
-    print("unlucky")
-    sys.exit(3)
-(file.parent / "weights").mkdir(exist_ok=True)
-(file.parent / "weights" / "last.pt").write_bytes(b"weights")
-(file.parent / "results.csv").write_text("epoch,time\\n1,2\\n")
-value = 0.3 + 0.01 * job["seed"] + 0.1 * (job["kind"] == "fgd")
-found = {"map50_95": value, "per_class": [{"name": "a", "map50_95": value}]}
-keep = {k: v for k, v in job.items() if k not in ("model", "data_yaml", "weights", "teacher", "start", "device")}
-cpu = 20.0 if job["kind"] == "fgd" else 10.0
-(file.parent / "result.json").write_text(json.dumps({**keep, "cpu_s": cpu, "wall_s": 1.0, "results": {"val": found}}))
-"""
+from tests.helpers.fake_training import fake
 
 
 def make_data(folder: Path, train: int = 10, splits: tuple[str, ...] = ("train", "val", "test")) -> Path:
@@ -58,7 +45,7 @@ def make_study(folder: Path, **changes: object) -> Path:
         **changes,
     }
     file = folder / "study.yaml"
-    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    file.write_text(json.dumps(content, indent=1))  # which is YAML, without aliases
     return file
 
 
@@ -67,8 +54,54 @@ def planner(file: Path) -> Planner:
     return Planner(load_study(file), file, file.parent / "runs")
 
 
-def fake_command(folder: Path) -> tuple[str, str]:
-    """The program that stands for a training; it notes each call in ``runs/calls.txt``."""
-    file = folder / "fake.py"
-    file.write_text(FAKE)
-    return sys.executable, str(file)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have studies do fake trainings, and those in this process, at once: for all that is not about processes."""
+
+    def submit(self: Runner, folder: Path, run: Run, device: str) -> Any:
+        log, result = folder / "log", folder / "submitit_result"
+        try:
+            fake(str(folder / JOB))
+        except RuntimeError as error:
+            log.write_text(f"{type(error).__name__}: {error}\n")
+        result.touch()
+        return SimpleNamespace(done=lambda: True, paths=SimpleNamespace(stdout=log, result_pickle=result))
+
+    monkeypatch.setattr(Runner, "_submit", submit)
+    monkeypatch.setattr(runner, "_POLL_SECONDS", 0.01)
+
+
+CLUSTER = {
+    "sbatch": """
+id=$(( $(cat $HERE/last 2>/dev/null || echo 100) + 1 )); echo $id > $HERE/last
+cp "$1" $HERE/$id.sh
+SLURM_JOB_ID=$id setsid bash $HERE/$id.sh > /dev/null 2>&1 < /dev/null &
+echo $! > $HERE/$id.pid
+echo "Submitted batch job $id"
+""",
+    "srun": """
+output=${3//%j/$SLURM_JOB_ID}
+shift 3
+exec "$@" >> "${output//%t/0}" 2>&1
+""",
+    "sacct": """
+echo "JobID|State|NodeList"
+for id in "$@"; do
+    [ -f $HERE/$id.pid ] || continue
+    if kill -0 $(cat $HERE/$id.pid) 2>/dev/null; then echo "$id|RUNNING|node"; else echo "$id|COMPLETED|node"; fi
+done
+""",
+    "scancel": """
+kill -KILL -- -$(cat $HERE/$1.pid) 2>/dev/null
+echo $1 >> $HERE/cancelled
+""",
+}
+
+
+def make_cluster(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """SLURM's commands as scripts that run the jobs on this machine; what was submitted lies beside them."""
+    folder.mkdir()
+    for name, text in CLUSTER.items():
+        (folder / name).write_text(f"#!/bin/bash\nHERE={folder}{text}")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return folder

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from fgd_hooks.config import LossConfig
-from fgd_hooks.losses.base import create_loss
+from fgd_hooks.losses.base import LOSSES, create_loss
 from fgd_hooks.losses.fgd import FGDLoss
 from fgd_hooks.pairing import build_loss
-from fgd_hooks.study.ablation import AblationLoss, NonLocalBlock
+from fgd_hooks.study.spec import load_plugins
 from tests.losses.test_golden import CASES, THEIR_PARTS, Golden
+
+load_plugins([str(Path(__file__).parents[2] / "configs" / "studies" / "fgd_ablation.py")])
+AblationLoss = LOSSES.get("fgd_ablation")
+NonLocalBlock = sys.modules[AblationLoss.__module__].NonLocalBlock
 
 # One image of 2 x 2 cells of one pixel each, two channels. The box 0 0 0 0 covers the cell at the top left alone.
 BOX, CANVAS = [torch.zeros(1, 4)], (2, 2)

@@ -5,53 +5,56 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
-from rich.progress import Progress
 
 pytest.importorskip("ultralytics")
 
 from fgd_hooks.errors import QuickstartError
-from fgd_hooks.study import quickstart as quickstart_run
+from fgd_hooks.study.data import Prepared
+from fgd_hooks.study.plan import RESULT, Planner, Run
 from fgd_hooks.study.quickstart import (
     STUDENT,
     QuickstartSettings,
     free_cores,
-    make_student_jobs,
-    make_teacher_job,
-    mark_teacher,
     quickstart,
     teacher_is_ready,
 )
-from fgd_hooks.study.quickstart_processes import run_jobs
-from fgd_hooks.study.quickstart_train import Job
 from fgd_hooks.study.scenes import SceneSettings
+from fgd_hooks.study.worker import digest
+from tests.helpers.studies import quick
 
 SETTINGS = QuickstartSettings()
+SMALL = QuickstartSettings(scenes=SceneSettings(train=4, val=2, size=64))
 
 
-def finish(job: Job) -> Path:
-    """Put down what a finished training leaves; returns the weights file."""
-    folder = Path(job.folder)
-    weights = folder / "weights" / "last.pt"
-    weights.parent.mkdir(parents=True)
-    weights.write_bytes(b"weights")
-    (folder / "summary.json").write_text(json.dumps({"job": job.to_dict()}))
-    mark_teacher(job)
-    return weights
+def runs(out: Path, settings: QuickstartSettings, seed: int = 0) -> dict[str, Run]:
+    """The runs of a quickstart by their arms, on images that are not drawn."""
+    planner = Planner(settings.study([seed]), out / "quickstart", out)
+    scenes = dataclasses.replace(settings.scenes)
+    planner.prepared = lambda name, whole=False: Prepared(Path("data.yaml"), repr(scenes), {})  # type: ignore
+    return {run.arm: run for run in planner.plan().runs}
+
+
+def finish(run: Run) -> None:
+    """Put down what a finished training leaves."""
+    import ultralytics
+
+    run.weights.parent.mkdir(parents=True)
+    run.weights.write_bytes(b"weights")
+    result = {"versions": {"ultralytics": ultralytics.__version__}, "weights": digest(run.weights)}
+    (run.folder / RESULT).write_text(json.dumps(result))
 
 
 def test_a_finished_teacher_is_used_again(tmp_path: Path) -> None:
-    job = make_teacher_job(tmp_path, SETTINGS)
-    assert not teacher_is_ready(job)
-    finish(job)
-    assert teacher_is_ready(job)
-    assert teacher_is_ready(make_teacher_job(tmp_path, dataclasses.replace(SETTINGS, student_epochs=3, val_every=1)))
+    teacher = runs(tmp_path, SETTINGS)["teacher"]
+    assert not teacher_is_ready(teacher)
+    finish(teacher)
+    assert teacher_is_ready(teacher)
+    assert teacher_is_ready(runs(tmp_path, dataclasses.replace(SETTINGS, student_epochs=3, val_every=1), 4)["teacher"])
 
 
 @pytest.mark.parametrize(
@@ -67,10 +70,10 @@ def test_a_finished_teacher_is_used_again(tmp_path: Path) -> None:
     ],
 )
 def test_a_teacher_of_other_settings_is_not_used(tmp_path: Path, change: dict[str, Any]) -> None:
-    job = make_teacher_job(tmp_path, SETTINGS)
-    finish(job)
-    other = make_teacher_job(tmp_path, dataclasses.replace(SETTINGS, **change))
-    assert other.folder != job.folder
+    teacher = runs(tmp_path, SETTINGS)["teacher"]
+    finish(teacher)
+    other = runs(tmp_path, dataclasses.replace(SETTINGS, **change))["teacher"]
+    assert other.folder != teacher.folder
     assert not teacher_is_ready(other)
 
 
@@ -78,36 +81,36 @@ def test_a_changed_model_yaml_of_the_same_name_is_another_teacher(tmp_path: Path
     model = tmp_path / "teacher.yaml"
     model.write_text("width_multiple: 0.25")
     settings = dataclasses.replace(SETTINGS, teacher=str(model))
-    finish(make_teacher_job(tmp_path, settings))
+    finish(runs(tmp_path, settings)["teacher"])
     model.write_text("width_multiple: 0.5")
-    assert not teacher_is_ready(make_teacher_job(tmp_path, settings))
+    assert not teacher_is_ready(runs(tmp_path, settings)["teacher"])
 
 
 def test_an_unfinished_or_changed_teacher_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = make_teacher_job(tmp_path, SETTINGS)
-    weights = finish(job)
-    weights.write_bytes(b"other weights")
-    assert not teacher_is_ready(job)
-    weights.write_bytes(b"weights")
-    assert teacher_is_ready(job)
+    teacher = runs(tmp_path, SETTINGS)["teacher"]
+    finish(teacher)
+    teacher.weights.write_bytes(b"other weights")
+    assert not teacher_is_ready(teacher)
+    teacher.weights.write_bytes(b"weights")
+    assert teacher_is_ready(teacher)
     with monkeypatch.context() as patch:
-        patch.setattr(quickstart_run, "FIXED", {**quickstart_run.FIXED, "weight_decay": 0.1})
-        assert not teacher_is_ready(job)
-    (Path(job.folder) / "finished.json").write_text("{")
-    assert not teacher_is_ready(job)
-    mark_teacher(job)
-    (Path(job.folder) / "summary.json").unlink()
-    assert not teacher_is_ready(job)
+        patch.setattr("ultralytics.__version__", "another")
+        assert not teacher_is_ready(teacher)
+    with monkeypatch.context() as patch:
+        patch.setattr("fgd_hooks.study.plan.SETTINGS", {"weight_decay": 0.1})
+        assert not teacher_is_ready(runs(tmp_path, SETTINGS)["teacher"])
+    teacher.weights.unlink()
+    assert not teacher_is_ready(teacher)
+    (teacher.folder / RESULT).write_text("{")
+    assert not teacher_is_ready(teacher)
 
 
 def test_the_arms_differ_in_the_distillation_only(tmp_path: Path) -> None:
-    settings = dataclasses.replace(SETTINGS, fgd={"weight": 2.0})
-    teacher = make_teacher_job(tmp_path, settings)
-    fgd, alone = (job.to_dict() for job in make_student_jobs(tmp_path, settings, 3, teacher, threads=2))
-    different = {key for key in fgd if fgd[key] != alone[key]}
-    assert different == {"name", "folder", "teacher", "fgd"}
-    assert alone["teacher"] is None
-    assert fgd["teacher"] == str(Path(teacher.folder) / "weights" / "last.pt")
+    found = runs(tmp_path, dataclasses.replace(SETTINGS, fgd={"weight": 2.0}), 3)
+    fgd, alone = (found[arm].job(threads=2, device="cpu") for arm in ("fgd", "alone"))
+    assert {key for key in fgd if fgd[key] != alone[key]} == {"key", "name", "arm", "kind", "fgd", "needs", "machine"}
+    assert {key for key in fgd["machine"] if fgd["machine"][key] != alone["machine"].get(key)} == {"teacher", "weights"}
+    assert fgd["machine"]["teacher"] == str(found["teacher"].folder / "weights" / "last.pt")
     assert fgd["fgd"] == {"weight": 2.0}
     assert fgd["seed"] == 3
 
@@ -122,53 +125,11 @@ def test_threads_leave_out_the_cores_that_others_use(
     assert free_cores() == threads
 
 
-def script(tmp_path: Path, text: str) -> list[str]:
-    """A program that stands in for a training."""
-    file = tmp_path / "stand_in.py"
-    file.write_text("import json, pathlib, sys, time\njob = json.loads(pathlib.Path(sys.argv[1]).read_text())\n" + text)
-    return [sys.executable, str(file)]
-
-
-def jobs(tmp_path: Path, *names: str) -> list[Job]:
-    template = make_teacher_job(tmp_path, SETTINGS)
-    return [dataclasses.replace(template, name=name, folder=str(tmp_path / name)) for name in names]
-
-
-def test_all_jobs_run_and_each_gets_a_line(tmp_path: Path) -> None:
-    command = script(tmp_path, "pathlib.Path('summary.json').write_text(json.dumps(job['name']))")
-    with Progress(console=Console(quiet=True)) as progress:
-        run_jobs(jobs(tmp_path, "teacher-x", "alone-s0", "fgd-s0"), progress, command)
-    assert [line.description for line in progress.tasks] == ["teacher", "alone, seed 0", "fgd, seed 0"]
-    assert all(line.finished for line in progress.tasks)
-    assert json.loads((tmp_path / "fgd-s0" / "summary.json").read_text()) == "fgd-s0"
-
-
-def test_a_failed_training_shows_the_end_of_its_log_and_stops_the_other(tmp_path: Path) -> None:
-    command = script(
-        tmp_path,
-        "if job['name'] == 'slow':\n"
-        "    pathlib.Path('started').touch()\n"
-        "    time.sleep(60)\n"
-        "while not pathlib.Path('../slow/started').exists():\n"
-        "    time.sleep(0.02)\n"
-        "print('first words'); print('\\n' * 40); print('0%\\r100% of an epoch'); sys.exit('no such layer')",
-    )
-    started = time.monotonic()
-    with Progress(console=Console(quiet=True)) as progress, pytest.raises(QuickstartError) as error:
-        run_jobs(jobs(tmp_path, "slow", "broken"), progress, command)
-    assert time.monotonic() - started < 30
-    text = str(error.value)
-    assert "'broken' failed (exit code 1)" in text and "train.log" in text
-    assert "no such layer" in text and "  100% of an epoch" in text
-
-
-def test_a_training_without_summary_has_failed_and_an_old_one_does_not_count(tmp_path: Path) -> None:
-    (job,) = jobs(tmp_path, "silent")
-    Path(job.folder).mkdir()
-    for leftover in ("job.json", "summary.json"):
-        (Path(job.folder) / leftover).write_text("{}")
-    with Progress(console=Console(quiet=True)) as progress, pytest.raises(QuickstartError, match="exit code 0"):
-        run_jobs([job], progress, script(tmp_path, ""))
+def test_a_failed_training_shows_the_end_of_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick(monkeypatch)
+    monkeypatch.setattr("fgd_hooks.study.plan.SETTINGS", {"warmup_epochs": 13})
+    with pytest.raises(QuickstartError, match=r"scenes-teacher-s0.*unlucky.*train\.log"):
+        quickstart(tmp_path, settings=SMALL, console=Console(quiet=True))
 
 
 @pytest.mark.parametrize("seeds", [(), (1, 1)])
@@ -192,20 +153,25 @@ def test_the_whole_thing_and_then_once_more(tmp_path: Path) -> None:
     console = Console(width=120, force_terminal=False)
     with console.capture() as captured:
         result = quickstart(tmp_path, (0,), settings=settings, console=console)
-    assert "student + FGD" in captured.get()
+    text = captured.get()
+    assert "student + FGD" in text
+    assert all(f"scenes {arm}, seed 0" in text for arm in ("teacher", "alone", "fgd"))  # a bar for each
     assert result.same_batches
-    assert [epoch for epoch, _ in result.alone[0].curve] == [2, 3]
-    assert [epoch for epoch, _ in result.teacher.curve] == [2]
-    teacher = make_teacher_job(tmp_path, settings)
-    for folder in (Path(teacher.folder), tmp_path / "alone-s0", tmp_path / "fgd-s0"):
+    assert [epoch for epoch, _ in result.alone[0]["curve"]] == [2, 3]
+    assert [epoch for epoch, _ in result.teacher["curve"]] == [2]
+    for arm in ("teacher", "alone", "fgd"):
+        (folder,) = tmp_path.glob(f"scenes-{arm}-s0-*")
         assert list(folder.glob("events.out.tfevents.*")), folder
         assert (folder / "train.log").stat().st_size > 0
     assert (tmp_path / "report.md").is_file() and (tmp_path / "curves.png").is_file()
     assert Path(SETTINGS_FILE).read_bytes() == before
 
-    weights = Path(teacher.folder) / "weights" / "last.pt"
+    (weights,) = tmp_path.glob("scenes-teacher-s0-*/weights/last.pt")
     changed = os.stat(weights).st_mtime_ns
+    (student,) = tmp_path.glob("scenes-alone-s0-*/weights/last.pt")
+    trained = os.stat(student).st_mtime_ns
     again = quickstart(tmp_path, (0,), settings=settings, console=Console(quiet=True))
     assert os.stat(weights).st_mtime_ns == changed
-    assert again.alone[0].map50_95 == result.alone[0].map50_95  # same seed, same student
-    assert again.alone[0].batches == result.alone[0].batches
+    assert os.stat(student).st_mtime_ns != trained
+    assert again.alone[0]["map50_95"] == result.alone[0]["map50_95"]  # same seed, same student
+    assert again.alone[0]["batches"] == result.alone[0]["batches"]

@@ -1,4 +1,4 @@
-"""The quickstart's table, report and picture, from made-up summaries."""
+"""The quickstart's table, report and picture, from made-up results."""
 
 from __future__ import annotations
 
@@ -11,33 +11,39 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from fgd_hooks.study.quickstart_report import Comparison, comparison_table, draw, markdown, write_report
+from fgd_hooks.study.quickstart_report import QuickstartResult, comparison_table, draw, markdown, write_report
 
 
-def summary(value: float, seed: int = 0, batches: int = 7, star: float | None = 0.5) -> dict[str, Any]:
+def training(value: float, seed: int = 0, batches: int = 7, star: float | None = 0.5) -> dict[str, Any]:
     """What a training leaves behind, with a given mAP50-95."""
     return {
-        "job": {"seed": seed, "model": "models/small.yaml", "epochs": 12, "imgsz": 160, "batch": 8, "lr": 0.003},
-        "metrics": {
-            "map50_95": value,
-            "map50": value + 0.2,
-            "images": 33,
-            "per_class": [{"name": "disc", "map50_95": value}, {"name": "star", "map50_95": star}],
+        "seed": seed,
+        "student": "small",
+        "epochs": 12,
+        "settings": {"imgsz": 160, "batch": 8, "lr0": 0.003},
+        "results": {
+            "val": {
+                "map50_95": value,
+                "map50": value + 0.2,
+                "images": 33,
+                "per_class": [{"name": "disc", "map50_95": value}, {"name": "star", "map50_95": star}],
+            }
         },
         "parameters": 890_000,
         "gflops": 0.25,
-        "seconds": 90.0,
-        "cpu_seconds": 80.0,
+        "wall_s": 90.0,
+        "cpu_s": 80.0,
         "curve": [[4, value / 2], [8, value * 0.8], [12, value]],
         "batches": batches,
+        "inherited": "",
     }
 
 
-def comparison(alone: list[float], fgd: list[float]) -> Comparison:
-    return Comparison.from_summaries(
-        {**summary(0.61), "parameters": 3_000_000},
-        [summary(value, seed) for seed, value in enumerate(alone)],
-        [summary(value, seed) for seed, value in enumerate(fgd)],
+def comparison(alone: list[float], fgd: list[float]) -> QuickstartResult:
+    return QuickstartResult.from_results(
+        {**training(0.61), "parameters": 3_000_000},
+        [training(value, seed) for seed, value in enumerate(alone)],
+        [training(value, seed) for seed, value in enumerate(fgd)],
     )
 
 
@@ -73,37 +79,39 @@ def test_a_loss_is_shown_as_one() -> None:
 
 def test_markdown_names_the_setting_and_the_classes() -> None:
     text = markdown(comparison([0.44], [0.475]))
-    for part in ("`small.yaml`, 12 epochs", "160 px, batch 8", "0.003", "| disc | 61.0 | 44.0 | 47.5 |", "curves.png"):
+    for part in ("`small`, 12 epochs", "160 px, batch 8", "0.003", "| disc | 61.0 | 44.0 | 47.5 |", "curves.png"):
         assert part in text, part
 
 
 def test_where_the_student_began_is_said() -> None:
     assert "thinned" not in markdown(comparison([0.44], [0.475]))
-    fgd = {**summary(0.475), "start": "inherit=auto: 9 of 9 parameters of the network were inherited."}
-    text = markdown(Comparison.from_summaries(summary(0.61), [summary(0.44)], [fgd]))
+    fgd = {**training(0.475), "inherited": "inherit=auto: 9 of 9 parameters of the network were inherited."}
+    text = markdown(QuickstartResult.from_results(training(0.61), [training(0.44)], [fgd]))
     assert "begin as thinned teachers (`inherit=auto: 9 of 9 parameters of the network were inherited`)" in text
 
 
 def test_a_class_without_boxes_is_a_dash() -> None:
-    result = Comparison.from_summaries(summary(0.6, star=None), [summary(0.4, star=None)], [summary(0.5, star=None)])
+    result = QuickstartResult.from_results(
+        training(0.6, star=None), [training(0.4, star=None)], [training(0.5, star=None)]
+    )
     assert "| star | - | - | - |" in markdown(result)
 
 
 def test_flops_that_could_not_be_counted_are_a_dash() -> None:
-    result = Comparison.from_summaries({**summary(0.6), "gflops": 0.0}, [summary(0.4)], [summary(0.5)])
+    result = QuickstartResult.from_results({**training(0.6), "gflops": 0.0}, [training(0.4)], [training(0.5)])
     assert "| teacher | 60.0 | 80.0 | 0.89 M | - | 1.5 |" in markdown(result)
 
 
 def test_different_batches_are_reported() -> None:
     same = comparison([0.44], [0.475])
     assert same.same_batches and "WARNING" not in markdown(same)
-    other = Comparison.from_summaries(summary(0.6), [summary(0.44, batches=1)], [summary(0.47, batches=2)])
+    other = QuickstartResult.from_results(training(0.6), [training(0.44, batches=1)], [training(0.47, batches=2)])
     assert not other.same_batches and "WARNING" in markdown(other)
 
 
 def test_seeds_must_go_together() -> None:
     with pytest.raises(ValueError, match=r"seeds \[0\].*\[1\]"):
-        Comparison.from_summaries(summary(0.6), [summary(0.4, seed=0)], [summary(0.5, seed=1)])
+        QuickstartResult.from_results(training(0.6), [training(0.4, seed=0)], [training(0.5, seed=1)])
 
 
 def test_files_are_written(tmp_path: Path) -> None:

@@ -7,18 +7,31 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 
 from fgd_hooks.errors import StudyError
+from fgd_hooks.study import worker
+from fgd_hooks.study.lease import LEASE, _host
 from fgd_hooks.study.plan import RESULT
-from fgd_hooks.study.runner import LOCK, Runner, in_progress, lock
-from tests.helpers.studies import fake_command, make_study, planner
+from fgd_hooks.study.runner import Runner, log_tail
+from tests.helpers.fake_training import fake, report
+from tests.helpers.studies import make_cluster, make_study, planner, quick
+
+
+@pytest.fixture
+def real(monkeypatch):
+    """Fake trainings in processes of their own, as submitit starts them."""
+    monkeypatch.setattr(worker, "work", fake)
+
+
+@pytest.fixture(autouse=True)
+def at_once(request, monkeypatch):
+    if "real" not in request.fixturenames:
+        quick(monkeypatch)
 
 
 def go(file: Path, **options) -> tuple[Runner, list[str], int]:
@@ -26,7 +39,7 @@ def go(file: Path, **options) -> tuple[Runner, list[str], int]:
     calls = file.parent / "runs" / "calls.txt"
     calls.unlink(missing_ok=True)
     chosen = {key: options.pop(key) for key in ("only", "data", "seeds") if key in options}
-    runner = Runner(command=fake_command(file.parent), say=lambda text: None, **{"jobs": 2, **options})
+    runner = Runner(say=lambda text: None, **{"jobs": 2, **options})
     left = runner.run(planner(file).plan(**chosen).runs)
     return runner, calls.read_text().split() if calls.exists() else [], left
 
@@ -35,10 +48,11 @@ def short(names: list[str]) -> list[str]:
     return sorted(name.rsplit("-", 1)[0] for name in names)
 
 
+DEAD = {"token": "t", "pid": os.getpid(), "since": 1.0, "cluster": "local"}  # not this process's start
 ALL = ["a-alone-s0", "a-alone-s1", "a-fgd-s0", "a-fgd-s1", "a-teacher-s0"]
 
 
-def test_all_runs_once_and_the_teacher_first(tmp_path):
+def test_all_runs_once_and_the_teacher_first(tmp_path, real):
     file = make_study(tmp_path)
     runner, calls, left = go(file)
     assert (short(calls), left, runner.failed) == (ALL, 0, {})
@@ -70,21 +84,22 @@ def test_an_interrupted_run_begins_anew(tmp_path):
     run = planner(file).run("a", "alone", 0)
     (run.folder / "weights").mkdir(parents=True)
     (run.folder / "weights" / "best.pt").write_bytes(b"half")
-    (run.folder / LOCK).write_text(json.dumps({"pid": os.getpid(), "since": 1.0}))  # not this process's start
+    (run.folder / LEASE).write_text(json.dumps({**DEAD, "host": _host()}))
     assert "a-alone-s0" in short(go(file)[1])
     assert not (run.folder / "weights" / "best.pt").exists()
-    assert not (run.folder / LOCK).exists()
+    assert not (run.folder / LEASE).exists()
 
 
-def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path):
+def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path, real):
     arms = {"bad": {"kind": "alone", "train": {"warmup_epochs": 13}}, "alone": {"kind": "alone"}}
     said: list[str] = []
     file = make_study(tmp_path, arms=arms)
-    runner = Runner(jobs=1, command=fake_command(tmp_path), say=said.append)
+    runner = Runner(jobs=1, say=said.append)
     runner.run(planner(file).plan().runs)
     assert short(list(runner.failed)) == ["a-bad-s0", "a-bad-s1"]
-    assert "exit code 3" in next(iter(runner.failed.values()))
-    assert any("FAILED" in text and "unlucky" in text for text in said)
+    assert set(runner.failed.values()) == {"RuntimeError: unlucky"}
+    (text, _) = [text for text in said if "FAILED" in text]
+    assert "train.log" in text and "  100% of an epoch" in text and "RuntimeError: unlucky" in text
     assert planner(file).run("a", "alone", 1).result() is not None
     assert short(go(file)[1]) == ["a-bad-s0", "a-bad-s1"]  # tried again
 
@@ -110,35 +125,9 @@ def test_some_arms_and_seeds(tmp_path):
 def test_devices_are_given_out_in_turn(tmp_path):
     file = make_study(tmp_path, arms={"alone": {"kind": "alone"}})
     said: list[str] = []
-    Runner(2, ("0", "1"), command=fake_command(tmp_path), say=said.append).run(planner(file).plan(only=["alone"]).runs)
+    Runner(2, ("0", "1"), say=said.append).run(planner(file).plan(only=["alone"]).runs)
     started = [text for text in said if "started" in text]
     assert ["0)" in started[0], "1)" in started[1]] == [True, True]
-
-
-def test_a_run_of_a_living_process_is_left_to_it(tmp_path):
-    run = planner(make_study(tmp_path)).run("a", "alone", 0)
-    assert lock(run.folder)
-    assert in_progress(run.folder)
-    assert not lock(run.folder)
-    (run.folder / LOCK).write_text(json.dumps({"pid": os.getpid(), "since": 1.0}))
-    assert not in_progress(run.folder)
-    assert lock(run.folder)
-
-
-def test_of_many_that_find_a_dead_lock_one_takes_it(tmp_path):
-    for number in range(20):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        (folder / LOCK).write_text(json.dumps({"pid": os.getpid(), "since": 1.0}))
-        barrier = threading.Barrier(8)
-
-        def take(folder: Path = folder, barrier: threading.Barrier = barrier) -> bool:
-            barrier.wait()
-            return lock(folder)
-
-        with ThreadPoolExecutor(8) as pool:
-            taken = [future.result() for future in [pool.submit(take) for _ in range(8)]]
-        assert taken.count(True) == 1
 
 
 def test_a_damaged_result_is_said_and_made_anew(tmp_path, caplog):
@@ -247,29 +236,123 @@ def test_a_pretrained_student_starts_from_the_other_set(tmp_path):
     assert {run.data for run in runs if run.arm != "pretrain"} == {"a"}
 
 
+def test_the_log_of_a_failed_run_is_shown_without_the_states_of_its_progress_bars(tmp_path):
+    file = tmp_path / "log"
+    file.write_text("".join(f"line {n}\n" for n in range(30)) + "10 %\r20 %\r30 %\n\nthe end\n")
+    lines = log_tail(file)
+    assert (lines[-2:], len(lines)) == (["30 %", "the end"], 25)
+    assert log_tail(tmp_path / "none") == []
+
+
+def test_a_run_that_is_killed_is_told_from_one_that_fails(tmp_path, real):
+    file = make_study(tmp_path, arms={"alone": {"kind": "alone", "train": {"warmup_epochs": 14}}})
+    runner, _, _ = go(file, only=["alone"], seeds=[0])
+    assert list(runner.failed.values()) == ["it was killed, perhaps for want of memory"]
+
+
+def test_what_a_failure_raises_ends_the_others(tmp_path, real):
+    arms = {"endless": {"kind": "alone", "train": {"warmup_epochs": 15}}, "bad": {"kind": "alone"}}
+    arms["bad"]["train"] = {"warmup_epochs": 13}
+    runs = planner(make_study(tmp_path, arms=arms, baseline="bad")).plan(["endless", "bad"], seeds=[0]).runs
+
+    def give_up(text):
+        raise StudyError(text)
+
+    with pytest.raises(StudyError, match="a-bad-s0.*unlucky"):
+        Runner(2, say=lambda text: None, fail=give_up).run(runs)
+    assert (tmp_path / "runs" / "up").exists()
+    assert not any((run.folder / LEASE).exists() for run in runs)
+    assert not [each for each in psutil.Process().children(recursive=True) if each.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_job_has_its_threads_and_the_gpus_of_its_study(tmp_path, monkeypatch, real):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    monkeypatch.setattr(worker, "work", report)
+    (run,) = planner(make_study(tmp_path)).plan(["alone"], seeds=[0]).runs
+    Runner(1, ("1",), threads=3, say=lambda text: None).run([run])
+    seen = run.result()
+    assert (seen["OMP_NUM_THREADS"], seen["MKL_NUM_THREADS"]) == ("3", "3")
+    assert os.environ.get("OMP_NUM_THREADS") != "3"  # this process has what it had
+    job = json.loads((run.folder / "job.json").read_text())["machine"]
+    assert (job["device"], job["variables"]) == ("1", {"CUDA_VISIBLE_DEVICES": "2,3"})
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="processes end another way")
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_study_leaves_no_training_behind(tmp_path, how):
-    child = tmp_path / "child.py"
-    child.write_text(
-        "import pathlib, time\nfrom fgd_hooks.study.processes import end_with_parent\nend_with_parent()\n"
-        f"pathlib.Path({str(tmp_path / 'up')!r}).touch()\ntime.sleep(300)\n"
-    )
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_a_study_that_is_ended_leaves_no_training_behind(tmp_path, how, real):
     parent = tmp_path / "parent.py"
     parent.write_text(
         "import signal, sys\nfrom pathlib import Path\nfrom fgd_hooks.cli.study import end_on_terminate\n"
-        "from fgd_hooks.study.runner import Runner\nfrom tests.helpers.studies import planner\nend_on_terminate()\n"
-        f"Runner(1, command=(sys.executable, {str(child)!r})).run("
-        f"planner(Path({str(make_study(tmp_path))!r})).plan().runs)\n"
+        "from fgd_hooks.study import worker\nfrom fgd_hooks.study.runner import Runner\n"
+        "from tests.helpers.fake_training import endless\nfrom tests.helpers.studies import planner\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\nend_on_terminate()\nworker.work = endless\n"
+        f"Runner(1).run(planner(Path({str(make_study(tmp_path))!r})).plan().runs)\n"
     )
     root = Path(__file__).parents[2]
-    process = subprocess.Popen([sys.executable, str(parent)], cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
+    with (tmp_path / "errors").open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, str(parent)],
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": str(root)},
+            start_new_session=True,
+            stderr=errors,
+        )
     deadline = time.monotonic() + 120
-    while not (tmp_path / "up").exists():
+    while not (tmp_path / "runs" / "up").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     children = psutil.Process(process.pid).children(recursive=True)
-    assert children
-    process.send_signal(how)
+    assert len(children) == 2
+    if how == signal.SIGINT:  # Ctrl-C reaches all processes of the terminal
+        os.killpg(process.pid, how)
+    else:
+        process.send_signal(how)
     process.wait(timeout=60)
     assert psutil.wait_procs(children, timeout=60)[1] == []
+    assert (tmp_path / "errors").read_text().count("Traceback") == (how == signal.SIGINT)  # the study's own alone
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch, real):
+    monkeypatch.setattr("fgd_hooks.study.runner._LATE_SECONDS", 0.5)
+    return make_cluster(tmp_path / "cluster", monkeypatch)
+
+
+def test_the_same_call_runs_a_study_on_a_cluster(tmp_path, cluster):
+    bad = {"kind": "alone", "train": {"warmup_epochs": 13}}
+    file = make_study(tmp_path, seeds=[0], arms={"alone": {"kind": "alone"}, "bad": bad})
+    settings = {"partition": "gpu", "time": 60}
+    runner, calls, left = go(file, cluster="slurm", slurm=settings, devices=("0",), threads=2, only=["alone", "bad"])
+    assert (short(calls), left) == (["a-alone-s0", "a-bad-s0"], 0)
+    assert planner(file).run("a", "alone", 0).result() is not None
+    assert list(runner.failed.values()) == ["RuntimeError: unlucky"]
+    asked = (cluster / "101.sh").read_text()
+    for text in ("--partition=gpu", "--time=60", "--cpus-per-task=2", "--gpus-per-node=1", "--job-name=a-alone-s0-"):
+        assert f"#SBATCH {text}" in asked
+
+
+def test_ending_a_study_cancels_its_jobs(tmp_path, cluster):
+    arms = {"endless": {"kind": "alone", "train": {"warmup_epochs": 15}}, "bad": {"kind": "alone"}}
+    arms["bad"]["train"] = {"warmup_epochs": 13}
+
+    def give_up(text):
+        raise KeyboardInterrupt
+
+    runs = planner(make_study(tmp_path, arms=arms, baseline="bad")).plan(["endless", "bad"], seeds=[0]).runs
+    with pytest.raises(KeyboardInterrupt):
+        Runner(2, cluster="slurm", say=lambda text: None, fail=give_up).run(runs)
+    assert (cluster / "cancelled").read_text() == "101\n"
+    assert not any((run.folder / LEASE).exists() for run in runs)
+
+
+def test_what_a_cluster_does_not_take_is_said(tmp_path, cluster, monkeypatch):
+    file = make_study(tmp_path)
+    with pytest.raises(StudyError, match="partion.*partition"):
+        go(file, cluster="slurm", slurm={"partion": "gpu"})
+    (cluster / "sbatch").write_text("#!/bin/bash\necho 'invalid partition' >&2\nexit 1\n")
+    with pytest.raises(StudyError, match="invalid partition"):
+        go(file, cluster="slurm")
+    monkeypatch.setenv("PATH", os.pathsep.join(os.environ["PATH"].split(os.pathsep)[1:]))
+    with pytest.raises(StudyError, match="are you indeed on a slurm cluster"):
+        go(file, cluster="slurm")
+    assert not list((tmp_path / "runs").glob(f"*/{LEASE}"))

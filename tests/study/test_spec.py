@@ -30,7 +30,7 @@ def test_the_studies_of_the_repository(file):
     ("changes", "said"),
     [
         ({"sedes": [1]}, "no key sedes. Did you mean 'seeds'"),
-        ({"data": {"a": {"yaml": "x", "teacher": {"wieghts": "t"}}}}, "data.a.teacher.wieghts. Did you mean 'weights'"),
+        ({"data": {"a": {"yaml": "x", "teacher": {"wieghts": "t"}}}}, "data.a.teacher.wieghts. Did you mean 'data.a.teacher.weights'"),
         ({"arms": {"x": {"kind": "fdg"}}}, "arms.x.kind is 'fdg'. Did you mean 'fgd'"),
         ({"arms": {"x": {"fgd": {"balance": {"ration": 2}}}}}, "arms.x.fgd.*balance.ration.*'balance.ratio'"),
         ({"fgd": {"balance": {"ration": 2}}}, "fgd: .*balance.ration.*'balance.ratio'"),
@@ -52,7 +52,8 @@ def test_the_studies_of_the_repository(file):
         ({"data": {"a": {"yaml": "x"}}}, "arms.fgd needs data.a.teacher"),
         ({"data": {"a": {"yaml": "x", "teacher": {"epochs": 3}}}}, "needs weights, or a model to train"),
         ({"data": {"a": {**DATA["a"], "fraction": 0}}}, "data.a.fraction is 0"),
-        ({"seeds": [1, 1]}, "seeds are"),
+        ({"seeds": [1, 1]}, "seeds is .*different numbers"),
+        ({"plugins": ["none.py"]}, "none.py' does not exist; expected a Python file"),
         ({"epochs": "many"}, "epochs"),
         ({"name": "a/b"}, "expected a folder's name"),
         ({"student": {"pretrain": {"data": "b"}}}, "no data set 'b'"),
@@ -94,6 +95,20 @@ def test_a_missing_file_and_no_yaml(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(StudyError, match="bad.yaml"):
         load_study(tmp_path / "bad.yaml")
+
+
+def test_a_plugin_registers_what_the_study_names(tmp_path):
+    plugin = "from fgd_hooks import register_loss\nfrom fgd_hooks.losses.imitation import ImitationLoss\n\n\n"
+    (tmp_path / "mine.py").write_text(f"{plugin}@register_loss('of_a_plugin')\nclass Mine(ImitationLoss):\n    pass\n")
+    arms = {"alone": {"kind": "alone"}, "x": {"fgd": {"loss": {"name": "of_a_plugin"}}}}
+    with pytest.raises(StudyError, match="of_a_plugin"):
+        load_study(make_study(tmp_path, data=DATA, arms=arms))
+    for _ in range(2):  # once a process
+        spec = load_study(make_study(tmp_path, data=DATA, arms=arms, plugins=["mine.py"]))
+    assert spec.plugins == [str(tmp_path / "mine.py")]
+    (tmp_path / "mine.py").write_text("1 / 0")
+    with pytest.raises(StudyError, match="mine.py' fails: ZeroDivisionError"):
+        load_study(make_study(tmp_path, data=DATA, arms=arms, plugins=["mine.py"]))
 
 
 def test_a_set_for_pretraining_alone_needs_no_teacher(tmp_path):

@@ -13,7 +13,7 @@ from fgd_hooks.initialization.weight_selection import inherit_channels
 from fgd_hooks.integrations.ultralytics import initialization as hosted
 from fgd_hooks.integrations.ultralytics.initialization import inherit_into, some_images, yolo_parts
 from fgd_hooks.integrations.ultralytics.teacher import load_teacher
-from fgd_hooks.study.quickstart_train import BatchChecksum
+from fgd_hooks.study.worker import BatchChecksum
 from tests.conftest import TINY, WIDE, architecture
 from tests.helpers.tiny import TinyDetector
 

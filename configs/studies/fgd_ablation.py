@@ -2,7 +2,7 @@
 
 Plain operations, without the fused loss's speed. With nothing switched it is :class:`fgd_hooks.losses.FGDLoss`. The
 weights alone switch off whole terms (``beta: 0`` leaves the foreground); what they cannot do is here. Importing this
-module registers the loss; the runs of a study do so.
+file registers the loss: a study does so that names it under ``plugins``.
 """
 
 from __future__ import annotations
