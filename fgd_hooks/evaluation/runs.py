@@ -16,9 +16,9 @@ import yaml
 from fgd_hooks.errors import RunError
 
 # Settings that name a run or its files, or say what is shown: runs that differ in nothing else are seeds of one arm.
-RUN_KEYS = {"seed", "name", "save_dir", "project", "exist_ok", "resume", "save", "save_period", "workers", "cache"}
-
-RUN_KEYS |= {"verbose", "plots", "device"}
+RUN_KEYS = frozenset(
+    "seed name save_dir project exist_ok resume save save_period workers cache verbose plots device".split()
+)
 
 SHOWN_KEYS = {"fgd.log_interval", "fgd.image_interval"}
 """Settings of the distillation that say what is shown, and change nothing in the training."""
