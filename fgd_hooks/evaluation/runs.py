@@ -17,7 +17,8 @@ from fgd_hooks.errors import RunError
 
 # Settings that name a run or its files, or say what is shown: runs that differ in nothing else are seeds of one arm.
 RUN_KEYS = frozenset(
-    "seed name save_dir project exist_ok resume save save_period workers cache verbose plots device".split()
+    ("seed", "name", "save_dir", "project", "exist_ok", "resume", "save", "save_period", "workers", "cache")
+    + ("verbose", "plots", "device")
 )
 
 SHOWN_KEYS = {"fgd.log_interval", "fgd.image_interval"}

@@ -30,7 +30,10 @@ def test_the_studies_of_the_repository(file):
     ("changes", "said"),
     [
         ({"sedes": [1]}, "no key sedes. Did you mean 'seeds'"),
-        ({"data": {"a": {"yaml": "x", "teacher": {"wieghts": "t"}}}}, "data.a.teacher.wieghts. Did you mean 'data.a.teacher.weights'"),
+        (
+            {"data": {"a": {"yaml": "x", "teacher": {"wieghts": "t"}}}},
+            "data.a.teacher.wieghts. Did you mean 'data.a.teacher.weights'",
+        ),
         ({"arms": {"x": {"kind": "fdg"}}}, "arms.x.kind is 'fdg'. Did you mean 'fgd'"),
         ({"arms": {"x": {"fgd": {"balance": {"ration": 2}}}}}, "arms.x.fgd.*balance.ration.*'balance.ratio'"),
         ({"fgd": {"balance": {"ration": 2}}}, "fgd: .*balance.ration.*'balance.ratio'"),
