@@ -16,10 +16,8 @@ import yaml
 from fgd_hooks.errors import RunError
 
 # Settings that name a run or its files, or say what is shown: runs that differ in nothing else are seeds of one arm.
-RUN_KEYS = frozenset(
-    ("seed", "name", "save_dir", "project", "exist_ok", "resume", "save", "save_period", "workers", "cache")
-    + ("verbose", "plots", "device")
-)
+_FILES = ("name", "save_dir", "project", "exist_ok", "save", "save_period", "cache")
+RUN_KEYS = frozenset({*_FILES, "seed", "resume", "workers", "verbose", "plots", "device"})
 
 SHOWN_KEYS = {"fgd.log_interval", "fgd.image_interval"}
 """Settings of the distillation that say what is shown, and change nothing in the training."""
