@@ -95,7 +95,7 @@ def test_ctrl_c_says_how_to_go_on(name, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("typed", "offered"),
-    [("fgd qui", "quickstart "), ("fgd study s.yaml --over", "--overview ")],
+    [("fgd qui", "quickstart "), ("fgd study s.yaml --clu", "--cluster ")],
     ids=["word", "option"],
 )
 def test_the_shell_completes_words_and_options(typed, offered, tmp_path):
