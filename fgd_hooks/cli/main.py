@@ -7,33 +7,29 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fgd_hooks import __version__
+from fgd_hooks.cli import study
 from fgd_hooks.errors import FGDError, needs_extra
 
 
 class Command(NamedTuple):
-    """A sub-command; functions are named as ``module:function`` below ``fgd_hooks.cli``."""
+    """A sub-command, one entry of the table below."""
 
-    run: str  # called with the parsed arguments; returns an exit code, or None for 0
+    run: str  # module and function below ``fgd_hooks.cli``: takes the parsed arguments, returns an exit code or None
     help: str  # its line in ``fgd --help``
-    arguments: Sequence[tuple[str, dict[str, Any]]] | str  # name and settings of each; or the function that adds them
-    epilog: str | None = None
+    arguments: list[tuple[str, str, dict[str, Any]]]  # name, help and settings of each
+    epilog: str = ""
     extra: str | None = None  # what to install where a package is missing; None: the extra of that package
     again: str = "the same command begins anew"  # how to go on after Ctrl-C
 
 
-def _argument(name: str, help: str | None = None, **settings: Any) -> tuple[str, dict[str, Any]]:
-    return name, {"help": help, **settings}
-
-
-def _settings(help: str | None = None) -> tuple[str, dict[str, Any]]:
-    return _argument("settings", help, nargs="*", metavar="key=value")
-
-
+SETTINGS: dict[str, Any] = {"nargs": "*", "metavar": "key=value"}
+FLAG: dict[str, Any] = {"action": "store_true"}
+FILE: dict[str, Any] = {"type": Path}
 TRAIN_EPILOG = """\
 example:
   fgd train teacher=yolo26s.pt model=yolo26n.pt data=coco8.yaml epochs=100 imgsz=640 fgd.balance.ratio=0.5
@@ -53,6 +49,7 @@ keys: those of fgd train, with data= required as well. Nothing is trained, and n
 
 exit code: 0 no red finding (with --strict: all green), 1 otherwise, 2 a mistake on the command line or a missing file
 """
+MEASURED = "data= (required: data yaml or COCO json), split=, imgsz=, batch=, device=, nms=, ..."
 MODEL = "the student: YOLO weights or yaml, torchvision:retinanet_resnet50_fpn, timm:resnet18 or package.module:factory"
 SHOWN = "student=, teacher= and data= (required), images= (4; or files), split=, imgsz=, out=, top=, config=, fgd.*="
 
@@ -60,7 +57,7 @@ COMMANDS = {
     "train": Command(
         "train:train",
         "train a YOLO student with a teacher",
-        [_settings()],
+        [("settings", "see below", SETTINGS)],
         TRAIN_EPILOG,
         "ultralytics",
         "to go on: the same command with model=RUN/weights/last.pt resume=True",
@@ -69,9 +66,9 @@ COMMANDS = {
         "train:doctor",
         "check a distillation before the training: takes what train takes",
         [
-            _settings(),
-            _argument("--strict", "exit code 1 for yellow findings as well", action="store_true"),
-            _argument("--json", "file to write the findings to", type=Path),
+            ("settings", "see below", SETTINGS),
+            ("--strict", "exit code 1 for yellow findings as well", FLAG),
+            ("--json", "file to write the findings to", FILE),
         ],
         DOCTOR_EPILOG,
         "ultralytics",
@@ -80,47 +77,47 @@ COMMANDS = {
         "levels:levels_command",
         "show a model's feature levels, and how a teacher's pair with them",
         [
-            _argument("model", MODEL),
-            _argument("teacher", "the same for the teacher", nargs="?"),
-            _argument("--imgsz", "side of the probe's square image in pixels", type=int, default=640),
+            ("model", MODEL, {}),
+            ("teacher", "the same for the teacher", {"nargs": "?"}),
+            ("--imgsz", "side of the probe's square image in pixels", {"type": int, "default": 640}),
         ],
     ),
     "eval": Command(
         "evaluate:eval_command",
         "COCO metrics (pycocotools) of a model, also per class",
         [
-            _argument("model", "YOLO weights"),
-            _settings("data= (required: data yaml or COCO json), split=, imgsz=, batch=, device=, nms=, ..."),
-            _argument("--json", "file to write the numbers to", type=Path),
+            ("model", "YOLO weights", {}),
+            ("settings", MEASURED, SETTINGS),
+            ("--json", "file to write the numbers to", FILE),
         ],
         extra="ultralytics",
     ),
     "show": Command(
         "show:show_command",
         "pictures of what teacher and student attend to, as PNG files",
-        [_settings(SHOWN)],
+        [("settings", SHOWN, SETTINGS)],
         extra="ultralytics",
     ),
     "compare": Command(
         "evaluate:compare_command",
         "tables and curves of several runs; seeds of one arm are averaged",
         [
-            _argument("folders", "folder of an Ultralytics run", nargs="+", metavar="RUN"),
-            _argument("--data", "data yaml or COCO json to measure the weights on (AP by class and size)"),
-            _argument("--split", "split of the data yaml", default="val"),
-            _argument("--weights", "which weights to measure", choices=("last", "best"), default="last"),
-            _argument("--device", "where to measure them, as in Ultralytics"),
-            _argument("--json", "file to write everything to", type=Path),
-            _argument("--markdown", "print the tables as Markdown", action="store_true"),
-            _argument("--out", "folder to draw curves.png in", type=Path),
+            ("folders", "folder of an Ultralytics run", {"nargs": "+", "metavar": "RUN"}),
+            ("--data", "data yaml or COCO json to measure the weights on (AP by class and size)", {}),
+            ("--split", "split of the data yaml", {"default": "val"}),
+            ("--weights", "which weights to measure", {"choices": ("last", "best"), "default": "last"}),
+            ("--device", "where to measure them, as in Ultralytics", {}),
+            ("--json", "file to write everything to", FILE),
+            ("--markdown", "print the tables as Markdown", FLAG),
+            ("--out", "folder to draw curves.png in", FILE),
         ],
     ),
     "quickstart": Command(
         "study:quickstart_command",
         "watch a small YOLO learn from a bigger one, on drawn data, without any download",
         [
-            _argument("--out", "folder for data, runs and report", type=Path, default=Path("quickstart")),
-            _argument("--seeds", "seeds of the student runs", type=int, nargs="+", default=[0]),
+            ("--out", "folder for data, runs and report", {"type": Path, "default": Path("quickstart")}),
+            ("--seeds", "seeds of the student runs", {"type": int, "nargs": "+", "default": [0]}),
         ],
         extra="ultralytics",
         again="the same command goes on, with the teacher if that is trained",
@@ -128,7 +125,8 @@ COMMANDS = {
     "study": Command(
         "study:study_command",
         "arms x seeds x data sets: train side by side, resumable; tables and plots",
-        "study:add_arguments",
+        study.ARGUMENTS,
+        study.EPILOG,
         again="the same command goes on with the runs that are left",
     ),
 }
@@ -140,12 +138,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: the command's own, 2 for a mistake of the user's (one clear line), 130 after Ctrl-C.
     """
-    arguments = _parser(argv).parse_args(argv)
+    arguments = _parser().parse_args(argv)
     command = COMMANDS[arguments.command]
+    module, _, function = command.run.partition(":")
     logging.basicConfig(format="%(message)s")
     try:
         with needs_extra(command.extra):
-            status = int(_function(command.run)(arguments) or 0)
+            run = getattr(importlib.import_module(f"fgd_hooks.cli.{module}"), function)
+            status = int(run(arguments) or 0)
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # the reader (head, say) has seen enough
@@ -166,29 +166,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parser(argv: Sequence[str] | None) -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fgd", description="Focal and Global Distillation for object detectors.")
     parser.add_argument("--version", action="version", version=f"fgd_hooks {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    words = os.environ["COMP_LINE"].split() if "_ARGCOMPLETE" in os.environ else sys.argv if argv is None else argv
     for name, command in COMMANDS.items():
         raw = argparse.RawDescriptionHelpFormatter
         own = commands.add_parser(name, help=command.help, epilog=command.epilog, formatter_class=raw)
-        if not isinstance(command.arguments, str):
-            for argument, settings in command.arguments:
-                own.add_argument(argument, **settings)
-        elif name in words:  # its module is imported for this command only
-            _function(command.arguments)(own)
+        for argument, text, settings in command.arguments:
+            own.add_argument(argument, help=text, **settings)
     if "_ARGCOMPLETE" in os.environ:  # set by the shell: eval "$(register-python-argcomplete fgd)"
         import argcomplete
 
         argcomplete.autocomplete(parser)
     return parser
-
-
-def _function(path: str) -> Callable[..., Any]:
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(f"fgd_hooks.cli.{module}"), name)  # type: ignore[no-any-return]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fgd_hooks.cli.settings import check_settings, split_settings
@@ -18,15 +19,13 @@ from fgd_hooks.diagnostics.attention import LevelSheet, attention_distances, att
 from fgd_hooks.diagnostics.plots import save_sheets
 from fgd_hooks.distiller import Distiller
 from fgd_hooks.errors import CheckpointError, ConfigError, DataError
-from fgd_hooks.evaluation.dataset import EvalData, TrueImage, load_letterboxed, load_sample
+from fgd_hooks.evaluation.dataset import load_letterboxed, load_sample
 from fgd_hooks.evaluation.evaluate import data_file, load_detector
 from fgd_hooks.evaluation.readers import read_data
 from fgd_hooks.integrations.ultralytics.settings import SETTINGS_FILE
 from fgd_hooks.integrations.ultralytics.teacher import fuse_files, load_teachers, with_score_taps
 from fgd_hooks.pairing import signature
 from fgd_hooks.utils.checkpoint import LAST_CHECKPOINT, SUFFIX, read_checkpoint
-
-Sample = tuple[str, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -100,15 +99,16 @@ def show(
         settings.levels = settings.levels or list(dict.fromkeys(saved)) or None
     teachers = fuse_files(load_teachers(teacher), teacher, settings.teacher)
     with Distiller(model, teachers, with_score_taps(settings, teachers)) as distiller:
-        adapters, adapted = "There are no adapters to load: all levels have equal channels.", True
+        adapted = file is not None or not any(True for _ in distiller.adapters.parameters())
         if file:
             load_adapters(distiller, state, file)
             adapters = f"Adapters from {file}."
-        elif any(True for _ in distiller.adapters.parameters()):
-            adapters, adapted = (
+        elif adapted:
+            adapters = "There are no adapters to load: all levels have equal channels."
+        else:
+            adapters = (
                 f"There is no {LAST_CHECKPOINT} beside {student}, so no trained adapters: the sheets show the "
-                "student's own feature maps, and channels of the teacher only.",
-                False,
+                "student's own feature maps, and channels of the teacher only."
             )
         stride = max(pair.student.stride for pair in distiller.pairs)
         stride = max(stride, *(int(each) for each in getattr(model, "stride", torch.tensor([32]))))
@@ -142,58 +142,48 @@ def load_adapters(distiller: Distiller, state: dict[str, Any], file: Path) -> No
     Raises:
         CheckpointError: they belong to other levels or adapters.
     """
-    saved = state.get("levels", [])
+    saved, modules = state.get("levels", []), state.get("modules", {})
     for pair in distiller.pairs:
         if signature(pair) not in saved:
             raise CheckpointError(
                 f"{file} holds adapters for {'; '.join(map(str, saved))} (student / teacher), but these models pair as "
                 f"{signature(pair)}. Give the teacher that this student was trained with, or move the file away."
             )
-    wanted = distiller.adapters.state_dict()
-    modules = state.get("modules", {})
-    found = {key: modules[f"adapters.{key}"] for key in wanted if f"adapters.{key}" in modules}
+    names = [key for key in distiller.adapters.state_dict() if f"adapters.{key}" in modules]
     try:
-        distiller.adapters.load_state_dict(found)
+        distiller.adapters.load_state_dict({key: modules[f"adapters.{key}"] for key in names})
     except RuntimeError as error:
         raise CheckpointError(f"{file} does not hold the adapters of these levels: {error}") from error
 
 
 def _side_file(student: Path) -> Path | None:
     """The side file beside a student's weights; that of best.pt is the one of last.pt."""
-    for name in (student.stem + SUFFIX, LAST_CHECKPOINT):
-        if (student.parent / name).is_file():
-            return student.parent / name
-    return None
+    files = [student.with_name(name) for name in (student.stem + SUFFIX, LAST_CHECKPOINT)]
+    return next(filter(Path.is_file, files), None)
 
 
 def _samples(
     data: str | Path | None, images: int | str | Path | Sequence[str | Path], split: str, imgsz: int, stride: int
-) -> Iterator[Sample]:
-    truth = read_data(data_file(data), split) if data is not None else None
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, pixels (3, H, W) and boxes (n, 4) of each image: evenly spaced ones of the data, or those of the files."""
+    truth = read_data(data_file(data), split).images if data is not None else []
     if isinstance(images, int):
-        if truth is None:
+        if data is None:
             raise ConfigError("data= is missing: a data yaml or a COCO json, or give image files as images=.")
-        for chosen in _evenly(truth, images):
-            yield (chosen.file.stem, *load_sample(chosen, imgsz, stride))
-        return
-    known = {image.file.resolve(): image for image in truth.images} if truth else {}
-    for file in _image_files(images):
-        if (of_data := known.get(file.resolve())) is not None:
-            yield (file.stem, *load_sample(of_data, imgsz, stride))
+        usable = [image for image in truth if len(image.boxes)]
+        count = min(images, len(usable))
+        files = [usable[number * len(usable) // count].file for number in range(count)]
+    else:
+        files = _image_files(images)
+    known = {image.file.resolve(): image for image in truth}
+    for file in files:
+        if (image := known.get(file.resolve())) is not None:
+            yield (file.stem, *load_sample(image, imgsz, stride))
         else:
             yield file.stem, load_letterboxed(file, imgsz, stride)[0], torch.zeros(0, 4)
 
 
-def _evenly(truth: EvalData, count: int) -> list[TrueImage]:
-    """So many images that have boxes, evenly spaced, the same ones each time."""
-    usable = [image for image in truth.images if len(image.boxes)]
-    count = min(count, len(usable))
-    return [usable[number * len(usable) // count] for number in range(count)]
-
-
 def _image_files(images: str | Path | Sequence[str | Path]) -> list[Path]:
-    from PIL import Image
-
     given = images.split(",") if isinstance(images, str) else [images] if isinstance(images, Path) else images
     files: list[Path] = []
     for each in (Path(str(item).strip()) for item in given):

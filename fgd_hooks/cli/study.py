@@ -25,7 +25,7 @@ examples:
   fgd study results/default --table
 """
 DIRECTORY: dict[str, Any] = {"type": Path, "nargs": "?", "const": RESULTS, "metavar": "DIR"}
-ARGUMENTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+ARGUMENTS: list[tuple[str, str, dict[str, Any]]] = [
     ("study", "study file; with --table also a folder of collected results", {"type": Path}),
     ("--out", "folder of the runs; studies share it", {"type": Path, "default": Path("runs/studies")}),
     ("--data-root", "folder of the data sets ($FGD_DATA)", {"type": Path}),
@@ -49,14 +49,7 @@ ARGUMENTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("--test", "measure the finished runs on test, each once and for all", {"action": "store_true"}),
     ("--collect", f"keep the finished runs' figures and logs in DIR/STUDY ({RESULTS})", DIRECTORY),
     ("--table", f"make tables and plots from DIR/STUDY ({RESULTS}) alone", DIRECTORY),
-)
-
-
-def add_arguments(study: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``fgd study``."""
-    study.epilog = EPILOG
-    for name, text, settings in ARGUMENTS:
-        study.add_argument(name, help=text, **settings)
+]
 
 
 def quickstart_command(arguments: argparse.Namespace) -> None:
