@@ -6,6 +6,7 @@ to do. Nothing here imports Ultralytics or pycocotools, except to ask Ultralytic
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -178,7 +179,8 @@ def _split_paths(file: Path, content: dict[str, Any], split: str) -> list[Path]:
     entries = content[split] if isinstance(content[split], list) else [content[split]]
     root = Path(str(content.get("path") or ""))
     bases = []
-    for find in (lambda: file.resolve().parent, Path.cwd, _ultralytics_datasets):
+    datasets = [_ultralytics_datasets] if importlib.util.find_spec("ultralytics") else []
+    for find in (lambda: file.resolve().parent, Path.cwd, *datasets):
         bases.append(find() / root)  # where root is absolute, it alone counts
         found = [bases[-1] / str(entry) for entry in entries]
         if all(path.exists() for path in found):
