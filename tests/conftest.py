@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -13,6 +14,38 @@ import torch
 import yaml
 
 torch.set_num_threads(1)
+
+# What a part of the tests needs besides pytest and the core; where a package is missing, that part is left out.
+NEEDS = {
+    "cli": "ultralytics",
+    "contracts/test_leaks.py": "psutil",
+    "diagnostics/test_plots.py": "matplotlib",
+    "evaluation": "pycocotools",
+    "integrations/ultralytics": "ultralytics",
+    "losses/test_compiled.py": "numpy",
+    "losses/test_golden.py": "numpy",
+    "results": "matplotlib",
+    "study": "ultralytics",
+    "taps/test_levels.py": "numpy",
+    "trainers": "torchvision pycocotools",
+    "utils/test_checkpoint.py": "safetensors numpy",
+    "utils/test_preserve.py": "numpy",
+}
+MISSING = {
+    part: missing
+    for part, packages in NEEDS.items()
+    if (missing := [package for package in packages.split() if importlib.util.find_spec(package) is None])
+}
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    return True if collection_path.relative_to(Path(__file__).parent).as_posix() in MISSING else None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for part, missing in MISSING.items():
+        terminalreporter.write_line(f"left out: tests/{part} (without {', '.join(missing)})")
+
 
 TINY = {"n": [0.33, 0.0625, 1024]}  # scale, depth and width: a 16th of the layers' nominal width
 WIDE = {"n": [0.33, 0.125, 1024]}
@@ -51,6 +84,7 @@ def architecture(folder: Path, name: str, scales: dict, **changes: object) -> Pa
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("ultralytics")
     return tmp_path_factory.mktemp("yolo")
 
 

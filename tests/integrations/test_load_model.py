@@ -9,7 +9,6 @@ from fgd_hooks.taps.levels import find_levels
 from tests.conftest import TINY, architecture
 
 FACTORIES = """
-from tests.helpers.tiny_detectors import retinanet
 from tests.helpers.tiny import TinyDetector as Tiny
 
 made = Tiny((4, 6, 8))
@@ -26,6 +25,12 @@ def needs(width):
 
 def wrong():
     return "no model"
+
+
+def retinanet():
+    from tests.helpers.tiny_detectors import retinanet  # torchvision's
+
+    return retinanet()
 """
 
 
