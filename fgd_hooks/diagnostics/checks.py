@@ -102,10 +102,7 @@ def check_optimizer(
 def check_masks(boxes: PackedBoxes, names: Sequence[str], sizes: Sequence[tuple[int, int]]) -> Finding:
     """Whether the foreground lies on the objects: boxes in range, covering cells of each level, and not all of them.
 
-    Args:
-        boxes: of the batch.
-        names: of the levels, finest first.
-        sizes: (H, W) of their maps in cells.
+    The ``sizes`` (H, W) of the levels' maps are in cells, the finest first.
     """
     count = len(boxes)
     if count == 0:
@@ -143,10 +140,8 @@ def check_masks(boxes: PackedBoxes, names: Sequence[str], sizes: Sequence[tuple[
 def check_frozen(changed: Sequence[str], training: Sequence[str], batch_statistics: Sequence[str]) -> Finding:
     """Whether the teacher stays as it is when it runs.
 
-    Args:
-        changed: names of its parameters and buffers that a forward pass changed.
-        training: names of its modules that were in train mode in it.
-        batch_statistics: its normalisations that keep no running statistics.
+    Named are the tensors that a forward pass ``changed``, the modules that were in train mode in it, and the
+    normalisations that keep no running statistics.
     """
     mend = "Let nothing in the teacher's forward() call train(); load it anew, since its statistics have moved."
     if changed:
@@ -196,10 +191,7 @@ def check_parts(
 ) -> Finding:
     """Whether every part of the loss is finite and not zero.
 
-    Args:
-        raw: each level's parts before any weight.
-        weights: the loss's own weight of each part; absent ones count as not zero.
-        empty: parts that are 0 by definition in this batch, as "level/part"; see :func:`empty_parts`.
+    The parts are ``raw``, before any weight; those of weight 0 and those that :func:`empty_parts` names may be 0.
     """
     values = {f"{level}/{part}": float(value) for level, parts in raw.items() for part, value in parts.items()}
     off = sorted(part for part, weight in weights.items() if weight == 0)
@@ -227,12 +219,8 @@ def check_gradient(
 ) -> Finding:
     """Whether the distillation's gradient reaches the student and the adapters, and not the teacher.
 
-    Args:
-        levels: names of all levels.
-        blocked: those whose student feature takes no gradient.
-        adapters: norm of the gradient at each adapter that has parameters.
-        student: norm of the distillation's gradient in the student's parameters; None: not looked at.
-        teacher: names of the teacher's parameters that take or have a gradient.
+    Of the ``levels`` some may be ``blocked``: their student feature takes no gradient. ``adapters`` and ``student`` are
+    norms of the distillation's gradient (None: not looked at), ``teacher`` names parameters that take or have one.
     """
     norms = {**({} if student is None else {"student": student}), **{f"adapter {n}": v for n, v in adapters.items()}}
     values = {name.replace(" ", "/"): norm for name, norm in norms.items()}
@@ -258,12 +246,7 @@ def check_scale(
 ) -> Finding:
     """How strong the distillation's gradient is against the task's at each level, and what becomes of it.
 
-    Args:
-        names: of the levels.
-        raw: |distillation gradient| / |task gradient| at the student's feature, for a scale of 1.
-        scales: what the gradient balance makes of it; not used in mode "fixed".
-        config: of the distillation.
-        weight: the configured one.
+    ``raw`` is their ratio at the student's feature for a scale of 1, ``scales`` is what the balance makes of it.
     """
     fixed = config.balance.mode == "fixed"
     values = keyed("raw_ratio", names, raw)
@@ -294,12 +277,9 @@ def check_scale(
 
 
 def check_weight_zero(parameters: int, different: Sequence[str], noise: Sequence[str]) -> Finding:
-    """Whether with weight 0 the student's gradient is the plain one bit for bit.
+    """Whether with weight 0 the gradients of so many parameters of the student are the plain ones bit for bit.
 
-    Args:
-        parameters: how many were compared.
-        different: names of those whose gradient differs with weight 0.
-        noise: names of those whose gradient differs between two plain passes.
+    Named are those that are ``different`` with weight 0, and those that differ between two plain passes (``noise``).
     """
     if different and not noise:
         found = f"With weight 0 the gradient of {len(different)} of {parameters} parameters changes: {different[0]} ..."

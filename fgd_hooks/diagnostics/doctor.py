@@ -76,11 +76,7 @@ def diagnose(
 def first_step(distiller: Distiller, distilled: Distilled, boxes: PackedBoxes, adapter_gradient: float) -> Report:
     """What a training step that distilled shows by itself; nothing is run, nothing is changed.
 
-    Args:
-        distiller: at work.
-        distilled: of that step.
-        boxes: of its batch.
-        adapter_gradient: norm of the gradient that arrived at adapters and losses; 0 where they have no parameters.
+    ``adapter_gradient`` is the norm of what arrived at adapters and losses; 0 where they have no parameters.
     """
     names = distiller.level_names
     training = [name for teacher in distiller.teachers for name, module in teacher.named_modules() if module.training]

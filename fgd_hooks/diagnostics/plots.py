@@ -56,22 +56,20 @@ def draw_sheet(sheet: LevelSheet, *, top: int = 10, dpi: int = 100) -> Figure:
     panels = [figure.add_subplot(grid[number // 3, number % 3]) for number in range(6)]
     image, foreground, background, teacher, student, difference = panels
 
+    count, cells = len(sheet.boxes), int((sheet.background > 0).sum())
     _draw_image(image, sheet)
-    count = len(sheet.boxes)
     _caption(image, "Image", f"what both models get, with the boxes of {count} labelled object{'s' * (count != 1)}")
-    _draw_map(foreground, sheet, sheet.foreground, "weight of a cell")
+    weight, unit = "weight of a cell", "attention (1: average cell)"
+    _draw_map(foreground, sheet, sheet.foreground, weight)
     sentence = "1 / area of the smallest box over the cell, boxes rounded outwards to whole cells: small objects count "
     _caption(foreground, "Foreground weights", f"{sentence}as much as large ones")
-    _draw_map(background, sheet, sheet.background, "weight of a cell")
-    cells = int((sheet.background > 0).sum())
+    _draw_map(background, sheet, sheet.background, weight)
     sentence = f"the {cells} cells outside all boxes weigh the same, together 1"
     _caption(background, "Background weights", sentence if cells else "none: boxes touch every cell of this level")
-
     # up to 2 at least, so that an average cell is never drawn as a bright one
     limits = [max(2.0, float(each.max())) for each in (sheet.teacher_spatial, sheet.student_spatial)]
     if sheet.adapted:
         limits = [max(limits)] * 2
-    unit = "attention (1: average cell)"
     _draw_map(teacher, sheet, sheet.teacher_spatial, unit, limits[0])
     _caption(teacher, "Teacher's attention", "bright: where the teacher's feature map is strong")
     _draw_map(student, sheet, sheet.student_spatial, unit, limits[1])
@@ -84,8 +82,8 @@ def draw_sheet(sheet: LevelSheet, *, top: int = 10, dpi: int = 100) -> Figure:
         sentence = "no trained adapter was found: compare the places, not the strength (colours of its own)"
         _caption(student, "Student's own attention", sentence)
         difference.set(xticks=[], yticks=[], box_aspect=height / width)
-        sentence = "the two strengths have no common unit; the training leaves its adapters in last.fgd.safetensors, "
-        _caption(difference, "No difference", f"{sentence}beside the student's weights")
+        sentence = "the two strengths have no common unit; the training leaves its adapters in last.fgd.safetensors"
+        _caption(difference, "No difference", sentence)
     _draw_channels(figure.add_subplot(grid[:, 3]), sheet, top)
     return figure
 

@@ -139,16 +139,9 @@ def _check(trainer: Any, session: TrainingSession) -> list[Finding]:
 
 
 def check_quality(teacher: str, student: str | None, data: str, settings: dict[str, Any]) -> Finding:
-    """Whether the teacher detects on the user's own validation images, and better than the student.
+    """Whether the teacher's file detects on the user's own validation images, and better than the student's.
 
-    Args:
-        teacher: weights file.
-        student: the same, None where it is not trained yet.
-        data: data yaml.
-        settings: imgsz, batch, device.
-
-    Raises:
-        FileNotFoundError, DataError: the data cannot be read.
+    The student is None where it is not trained yet; ``settings`` are imgsz, batch and device.
     """
     name = "teacher's mAP"
     try:

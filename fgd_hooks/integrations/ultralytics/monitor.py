@@ -52,11 +52,7 @@ BoxesOf = Callable[[Mapping[str, Tensor]], PackedBoxes]
 class TrainingMonitor:
     """Reports one training, on its first rank; it only reads what the training leaves behind.
 
-    Args:
-        trainer: Ultralytics', when model and loaders exist.
-        distiller: of the training.
-        config: of the distillation.
-        boxes_of: packs the boxes of a collated batch.
+    ``boxes_of`` packs the boxes of a collated batch.
     """
 
     def __init__(self, trainer: Any, distiller: Distiller, config: FGDConfig, boxes_of: BoxesOf) -> None:
@@ -175,15 +171,12 @@ class AttentionWatch:
 
     Student means what is validated and saved, the moving average, through the adapters as they are trained so far.
     Nothing of the training is touched: random states, modes, batch statistics and gradients stay as they are. If
-    something fails here, it is said once and the training goes on without.
+    something fails here, it is said once and the training goes on without. Some images of the validation ``dataset``
+    are read once and kept.
 
-    Args:
-        distiller: of the training.
-        dataset: Ultralytics' validation data set; its images are read once and kept.
-        boxes_of: packs the boxes of a collated batch.
-        interval: epochs from one set of pictures to the next, with a distance for each epoch; 0: no pictures; None: as
-            often as :data:`WATCH_STEPS`, :data:`PICTURE_STEPS` and :data:`PICTURE_EPOCHS` say. The first and the last
-            epoch have both in any case.
+    The ``interval`` is in epochs from one set of pictures to the next, with a distance for each epoch; 0: no pictures;
+    None: as often as :data:`WATCH_STEPS`, :data:`PICTURE_STEPS` and :data:`PICTURE_EPOCHS` say. The first and the last
+    epoch have both in any case.
     """
 
     def __init__(self, distiller: Distiller, dataset: Any, boxes_of: BoxesOf, interval: int | None) -> None:
