@@ -1,4 +1,4 @@
-"""The wheel takes the recipes of configs/ along, as fgd_hooks/recipes; all else is in pyproject.toml."""
+"""The wheel takes the recipes of configs/ along, as fgd_hooks/recipes; all else is in setup.cfg."""
 
 import shutil
 from pathlib import Path

@@ -26,4 +26,4 @@ def test_a_new_version_is_accepted(monkeypatch, version):
 
 
 def test_the_extra_asks_for_the_same_version():
-    assert f'"ultralytics>={OLDEST}"' in (Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8")
+    assert f"\n    ultralytics>={OLDEST}\n" in (Path(__file__).parents[3] / "setup.cfg").read_text(encoding="utf-8")
