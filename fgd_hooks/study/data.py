@@ -30,17 +30,11 @@ _BLOCK = 4096  # bytes: compressed images that differ anywhere differ here, too,
 
 @dataclass(frozen=True)
 class Prepared:
-    """A data set as the runs see it.
+    """A data set as the runs see it."""
 
-    Attributes:
-        yaml: its data yaml.
-        key: what tells it from every other: names of classes and images, the images' content and all labels.
-        counts: images by split.
-    """
-
-    yaml: Path
-    key: str
-    counts: dict[str, int]
+    yaml: Path  # its data yaml
+    key: str  # what tells it from every other: names of classes and images, the images' content and all labels
+    counts: dict[str, int]  # images by split
 
 
 @dataclass(frozen=True)
@@ -80,7 +74,8 @@ def read_source(name: str, spec: DataSpec, root: Path | None, beside: Path, out:
             f"data.{name}.yaml: {spec.yaml!r} is neither below the data root ({root or 'not given'}) nor beside the "
             "study file; give its folder by --data-root or FGD_DATA."
         )
-    names, splits = _read(file)
+    source = _read(file)
+    splits = source.splits
     if spec.holdout:
         if "val" in splits and "test" in splits:
             raise StudyError(f"data.{name}.holdout: {file} has a test split already; leave holdout out.")
@@ -90,16 +85,11 @@ def read_source(name: str, spec: DataSpec, root: Path | None, beside: Path, out:
         splits["train"] = tuple(image for image in splits["train"] if image not in held)
         if not splits["train"]:
             raise StudyError(f"data.{name}.holdout: {spec.holdout} of {len(held)} images leaves none for training.")
-    _warn_of_repeats(name, splits)
-    return Source(names, splits)
-
-
-def _warn_of_repeats(name: str, splits: Mapping[str, Sequence[Path]]) -> None:
-    """Say so where the same file lies in two splits: figures on the one then say little about new images."""
-    for first, second in itertools.combinations(splits, 2):
+    for first, second in itertools.combinations(splits, 2):  # figures on the one say little about new images then
         common = {image.resolve() for image in splits[first]} & {image.resolve() for image in splits[second]}
         if common:
             logger.warning("data.%s: %d images are in both %s and %s.", name, len(common), first, second)
+    return source
 
 
 def subset(images: Sequence[Path], fraction: float, seed: int, purpose: str = "subset") -> tuple[Path, ...]:
@@ -190,7 +180,7 @@ def _lay_out(into: Path, folder: Path, names: Sequence[str], labels: Mapping[str
     (into / "data.yaml").write_text("\n".join(content) + "\n", encoding="utf-8")
 
 
-def _read(file: Path) -> tuple[tuple[str, ...], dict[str, tuple[Path, ...]]]:
+def _read(file: Path) -> Source:
     """Class names and the images of each split of a data yaml that the yaml has."""
     splits: dict[str, tuple[Path, ...]] = {}
     names: tuple[str, ...] = ()
@@ -205,7 +195,7 @@ def _read(file: Path) -> tuple[tuple[str, ...], dict[str, tuple[Path, ...]]]:
             continue
         names = data.names
         splits[split] = tuple(image.file for image in data.images)
-    return names, splits
+    return Source(names, splits)
 
 
 def _scenes(name: str, settings: Mapping[str, object], out: Path) -> Source:
@@ -216,12 +206,11 @@ def _scenes(name: str, settings: Mapping[str, object], out: Path) -> Source:
         other = replace(wanted, train=1, seed=wanted.seed + 1000)  # for its val alone
     except (TypeError, ValueError) as error:
         raise StudyError(f"data.{name}.scenes: {error}") from error
-    parts = {}
+    drawn = []
     for each in (wanted, other):
         key = hashlib.sha256(json.dumps(asdict(each), sort_keys=True).encode()).hexdigest()[:10]
-        parts[each.seed] = _read(make_dataset(out / f"drawn-{key}", each))
-    names, splits = parts[wanted.seed]
-    return Source(names, {**splits, "test": parts[other.seed][1]["val"]})
+        drawn.append(_read(make_dataset(out / f"drawn-{key}", each)))
+    return Source(drawn[0].names, {**drawn[0].splits, "test": drawn[1].splits["val"]})
 
 
 def _label(image: Path) -> str:

@@ -32,33 +32,19 @@ STUDENT = Path(__file__).with_name("quickstart_student.yaml")
 
 @dataclass(frozen=True)
 class QuickstartSettings:
-    """Sizes and budgets. The defaults take at most ten minutes on two idle CPU cores with one seed.
+    """Sizes and budgets. The defaults take at most ten minutes on two idle CPU cores with one seed."""
 
-    Attributes:
-        scenes: the data set.
-        teacher: model yaml of the teacher.
-        teacher_epochs: how long the teacher is trained.
-        teacher_seed: of the teacher; one teacher serves all seeds of the students.
-        student: model yaml of the student.
-        student_epochs: how long both students are trained.
-        batch: images per optimizer step.
-        lr: learning rate after the warm-up.
-        val_every: the students are validated every so many epochs, for the curves.
-        device: as in Ultralytics; the budget is meant for "cpu".
-        fgd: settings of the distillation that differ from the library's defaults, as `FGDCallback` takes them.
-    """
-
-    scenes: SceneSettings = field(default_factory=SceneSettings)
-    teacher: str = "yolov8n.yaml"
-    teacher_epochs: int = 28
-    teacher_seed: int = 0
-    student: str = str(STUDENT)
-    student_epochs: int = 28
-    batch: int = 8
-    lr: float = 3e-3
-    val_every: int = 4
-    device: str = "cpu"
-    fgd: dict[str, Any] = field(default_factory=dict)
+    scenes: SceneSettings = field(default_factory=SceneSettings)  # the data set
+    teacher: str = "yolov8n.yaml"  # model yaml of the teacher
+    teacher_epochs: int = 28  # how long the teacher is trained
+    teacher_seed: int = 0  # one teacher serves all seeds of the students
+    student: str = str(STUDENT)  # model yaml of the student
+    student_epochs: int = 28  # how long both students are trained
+    batch: int = 8  # images per optimizer step
+    lr: float = 3e-3  # learning rate after the warm-up
+    val_every: int = 4  # the students are validated every so many epochs, for the curves
+    device: str = "cpu"  # as in Ultralytics; the budget is meant for the CPU
+    fgd: dict[str, Any] = field(default_factory=dict)  # of the distillation, where it differs from the defaults
 
     def study(self, seeds: Sequence[int]) -> StudySpec:
         """The study that trains this; the drawn set's val is what its tables show."""
@@ -128,8 +114,16 @@ def quickstart(
             ([teacher], 1, cores, settings.teacher_epochs),
             (students, 2, max(1, cores // 2), settings.val_every),
         ):
-            options: dict[str, Any] = {"threads": threads, "val_every": every, "progress": progress, "keep_bars": True}
-            Runner(jobs, [settings.device], say=_ignore, fail=_give_up, **options).run(part)
+            Runner(
+                jobs,
+                [settings.device],
+                threads,
+                val_every=every,
+                progress=progress,
+                keep_bars=True,
+                say=_ignore,
+                fail=_give_up,
+            ).run(part)
     found = {kind: [run.result() or {} for run in runs if run.kind == kind] for kind in ("teacher", "alone", "fgd")}
     result = QuickstartResult.from_results(found["teacher"][0], found["alone"], found["fgd"])
     report = write_report(out, result)

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,45 +43,27 @@ class Started:
     ended: float | None = None  # when the job was first seen to be over
 
 
+@dataclass
 class Runner:
-    """Trains what is not finished; a failed run is reported and the others go on.
+    """Trains what is not finished; a failed run is reported and the others go on."""
 
-    Args:
-        jobs: how many run at a time.
-        devices: as in Ultralytics; given out in turn.
-        threads: CPU threads of each.
-        cluster: "local", or "slurm".
-        slurm: settings of SLURM's jobs, under the names that submitit gives them: partition, time, gpus_per_node, ...
-        deadline: value of ``time.monotonic()`` after which no run is started; None: no limit.
-        val_every: validate every so many epochs, for curves; 0: after the last one alone.
-        progress: the display, which gets a bar for each run; None: none.
-        keep_bars: whether the bars of runs that are over stay.
-        say: where lines about the progress go.
-        fail: where a line about a failed run goes; None: where the others go. What it raises ends the other runs.
-    """
+    jobs: int  # how many run at a time
+    devices: Sequence[str] = ("cpu",)  # as in Ultralytics; given out in turn
+    threads: int = 1  # of the CPU, for each run
+    cluster: str = "local"  # or "slurm"
+    slurm: Mapping[str, Any] = field(default_factory=dict)  # of its jobs, by submitit's names: partition, time, ...
+    deadline: float | None = None  # value of time.monotonic() after which no run is started; None: no limit
+    val_every: int = 0  # validate every so many epochs, for curves; 0: after the last one alone
+    progress: Progress | None = None  # the display, which gets a bar for each run
+    keep_bars: bool = False  # whether the bars of runs that are over stay
+    say: Callable[[str], None] = print  # where lines about the progress go
+    fail: Callable[[str], None] | None = None  # where a failure goes, if elsewhere; what it raises ends the other runs
+    failed: dict[str, str] = field(default_factory=dict, init=False)
+    """Folder's name -> why, of the runs that failed or that lack one that failed."""
 
-    def __init__(
-        self,
-        jobs: int,
-        devices: Sequence[str] = ("cpu",),
-        *,
-        threads: int = 1,
-        cluster: str = "local",
-        slurm: Mapping[str, Any] | None = None,
-        deadline: float | None = None,
-        val_every: int = 0,
-        progress: Progress | None = None,
-        keep_bars: bool = False,
-        say: Callable[[str], None] = print,
-        fail: Callable[[str], None] | None = None,
-    ) -> None:
-        self.free = [devices[number % len(devices)] for number in range(jobs)]
-        self.threads, self.cluster, self.slurm = threads, cluster, dict(slurm or {})
-        self.deadline, self.val_every = deadline, val_every
-        self.progress, self.keep_bars = progress or progress_display(None), keep_bars
-        self.say, self.fail = say, fail or say
-        self.failed: dict[str, str] = {}
-        """Folder's name -> why, of the runs that failed or that lack one that failed."""
+    def __post_init__(self) -> None:
+        self._free = [self.devices[number % len(self.devices)] for number in range(self.jobs)]
+        self._bars = self.progress or progress_display(None)
         self._started: list[Started] = []
 
     def run(self, runs: Iterable[Run]) -> int:
@@ -110,7 +92,7 @@ class Runner:
             self._started.clear()
 
     def _start_one(self, waiting: Sequence[Run]) -> Run | None:
-        if not self.free:
+        if not self._free:
             return None
         mine = {started.run.key for started in self._started}
         for run in waiting:
@@ -118,7 +100,7 @@ class Runner:
                 continue
             lease = Lease.take(run.folder, self.cluster)
             if lease is not None:
-                self._start(run, lease, self.free.pop(0))
+                self._start(run, lease, self._free.pop(0))
                 return run
         return None
 
@@ -128,29 +110,26 @@ class Runner:
             if path.name != LEASE:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         variables = {key: os.environ[key] for key in ("CUDA_VISIBLE_DEVICES",) if key in os.environ}
-        machine = {"device": device, "threads": self.threads, "val_every": self.val_every}
-        machine |= {"lease": lease.token, "variables": variables}
+        machine = {"device": device, "threads": self.threads, "val_every": self.val_every, "variables": variables}
         write_json(lease.folder / JOB, run.job(**machine))
         try:
-            job = self._submit(lease.folder, run, device)
+            job = self._submit(lease, run, device)
         except BaseException:
             lease.release()
             raise
         (lease.folder / LOG).symlink_to(os.path.relpath(job.paths.stdout, lease.folder))
-        bar = self.progress.add_task(
-            f"{run.data} {run.arm}, seed {run.seed}", total=max(1, run.epochs), note="starting"
-        )
+        bar = self._bars.add_task(f"{run.data} {run.arm}, seed {run.seed}", total=max(1, run.epochs), note="starting")
         self._started.append(Started(run, lease, device, job, bar))
         self._say(f"started  {lease.folder.name} ({run.epochs} epochs, {device})")
 
     def _say(self, text: str) -> None:
         self.say(f"{time.strftime('%H:%M:%S')} {text}")
 
-    def _submit(self, folder: Path, run: Run, device: str) -> Any:
+    def _submit(self, lease: Lease, run: Run, device: str) -> Any:
         with needs_extra("study"):
             import submitit
         try:
-            executor = submitit.AutoExecutor(folder / "submitit", cluster=self.cluster)
+            executor = submitit.AutoExecutor(lease.folder / "submitit", cluster=self.cluster)
             settings: dict[str, Any] = {"name": run.name, "stderr_to_stdout": True, "timeout_min": _YEAR}
             if self.cluster == "slurm":
                 settings |= {"timeout_min": _DAY, "cpus_per_task": self.threads}
@@ -158,7 +137,7 @@ class Runner:
             own = {f"slurm_{key}": value for key, value in self.slurm.items()}
             executor.update_parameters(**settings, **own)
             with _surroundings(self.threads):
-                return executor.submit(worker.work, str(folder / JOB))
+                return executor.submit(worker.work, str(lease.folder / JOB), lease.token)
         except (NameError, RuntimeError, ValueError) as error:
             raise StudyError(f"The job cannot be submitted: {error}") from error
 
@@ -174,14 +153,14 @@ class Runner:
             if result is None and self.cluster != "local" and time.monotonic() - started.ended < _LATE_SECONDS:
                 continue
             self._started.remove(started)
-            self.free.append(started.device)
+            self._free.append(started.device)
             started.lease.release()
-            self.progress.update(started.bar, completed=float(max(1, run.epochs)), visible=self.keep_bars)
+            self._bars.update(started.bar, completed=float(max(1, run.epochs)), visible=self.keep_bars)
             if result is None:
                 self._report_failure(started)
                 continue
             value, seconds = result["results"]["val"]["map50_95"], result["cpu_s"]
-            self.progress.update(started.bar, note=f"epoch {run.epochs}/{run.epochs}")
+            self._bars.update(started.bar, note=f"epoch {run.epochs}/{run.epochs}")
             self._say(f"finished {folder.name}: val mAP50-95 {100 * (value or 0):.1f}, {seconds:.0f} CPU s")
 
     def _report_failure(self, started: Started) -> None:
@@ -191,14 +170,14 @@ class Runner:
         reason = lines[-1] if lines and started.job.paths.result_pickle.exists() else killed
         self.failed[started.run.name] = reason
         tail = "\n".join(f"  {line}" for line in lines)
-        self.fail(f"FAILED {started.run.name} ({reason}). The end of {log}:\n{tail}")
+        (self.fail or self.say)(f"FAILED {started.run.name} ({reason}). The end of {log}:\n{tail}")
 
     def _show(self, started: Started) -> None:
         """Move the run's bar; a file that is not there yet leaves it as it is."""
         with suppress(OSError, ValueError):
             done, total = float(read_json(started.lease.folder / worker.PROGRESS)["epochs"]), started.run.epochs
             note = "measuring" if done >= total else f"epoch {int(done) + 1}/{total}"
-            self.progress.update(started.bar, completed=done, note=note)
+            self._bars.update(started.bar, completed=done, note=note)
 
     def _without_hopeless(self, waiting: Sequence[Run]) -> list[Run]:
         left = []

@@ -28,17 +28,18 @@ _INTEGRATIONS = ("clearml", "comet", "dvc", "mlflow", "raytune", "wandb", "tenso
 _REPORT_SECONDS = 0.5
 
 
-def work(file: str) -> None:
+def work(file: str, token: str) -> None:
     """Do the run of a job file under the lease that its study took; without that lease this process ends.
 
     Raises:
         StudyError: another study has taken the folder since.
     """
-    job, folder = read_json(Path(file)), Path(file).parent
+    folder = Path(file).parent
     lease = Lease.read(folder)
-    if lease is None or lease.token != job["machine"]["lease"]:
+    if lease is None or lease.token != token:
         raise StudyError(f"{folder} is another study's by now; this job is over.")
     lease.end_without()
+    job = read_json(Path(file))
     if lease.cluster == "local":  # submitit hides all GPUs from a job that was promised none
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
         os.environ.update(job["machine"]["variables"])
@@ -57,7 +58,8 @@ def train(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     from ultralytics.utils import SETTINGS as HOST
     from ultralytics.utils.torch_utils import get_flops
 
-    silence_loggers(HOST)
+    # the user's other loggers are switched off in this process alone: past the method that would save it
+    dict.update(HOST, dict.fromkeys(_INTEGRATIONS, False))
     machine, settings = job["machine"], job["settings"]
     watch = Watch(job, folder)
     callback = None
@@ -102,22 +104,13 @@ def measure(job: dict[str, Any], split: str) -> dict[str, Any]:
     from fgd_hooks.evaluation.evaluate import evaluate
 
     machine = job["machine"]
-    found = evaluate(
-        machine["weights"],
-        machine["data_yaml"],
-        split=split,
-        imgsz=job["settings"].get("imgsz"),
-        device=machine["device"],
-    )
+    size = job["settings"].get("imgsz")
+    found = evaluate(machine["weights"], machine["data_yaml"], split=split, imgsz=size, device=machine["device"])
     return {key: value for key, value in found.to_dict().items() if key not in ("model", "data")}
 
 
 class BatchChecksum:
-    """A checksum of all training batches, pixels and boxes: equal for two runs that saw the same data.
-
-    Attributes:
-        value: so far.
-    """
+    """A checksum, ``value``, of all training batches, pixels and boxes: equal for two runs that saw the same data."""
 
     def __init__(self) -> None:
         self.value = 0
@@ -137,16 +130,11 @@ class BatchChecksum:
 class Watch:
     """Ultralytics callbacks that report progress, choose the epochs to validate, and note what the model was fed.
 
-    With ``val_every`` in the job's machine part the run is validated every so many epochs and, unless a teacher does so
-    anyway, writes TensorBoard events.
-
-    Attributes:
-        curve: (epoch, mAP50-95 by Ultralytics' validator) of each validated epoch, from 0 to 1.
-        batches: checksum of what the model was fed.
+    With ``val_every`` in the job's machine part it validates every so many epochs and writes TensorBoard events.
     """
 
     def __init__(self, job: dict[str, Any], folder: Path) -> None:
-        self.curve: list[tuple[int, float]] = []
+        self.curve: list[tuple[int, float]] = []  # epoch, mAP50-95 by Ultralytics' validator, from 0 to 1
         self.batches = BatchChecksum()
         self._folder, self._threads = folder, int(job["machine"]["threads"])
         self._val_every = int(job["machine"].get("val_every") or 0)
@@ -203,15 +191,6 @@ class Watch:
         self._reported = time.monotonic()
 
 
-def silence_loggers(settings: Any) -> None:
-    """Switch off the user's other loggers (Weights & Biases and so on) in this process, and there only.
-
-    Args:
-        settings: Ultralytics' ``SETTINGS``.
-    """
-    dict.update(settings, dict.fromkeys(_INTEGRATIONS, False))  # past the method that would save it
-
-
 def model_file(model: str, scale: Sequence[float] | None, folder: Path) -> str:
     """The model that YOLO() takes; where depth and width differ from the yaml's, a yaml in the run's folder."""
     if not scale:
@@ -249,11 +228,7 @@ def processor() -> str:
 
 
 def device_name(device: str) -> str:
-    """The name of what a training runs on.
-
-    Args:
-        device: as in Ultralytics: "cpu", a GPU's number or several with commas between, or another of torch's devices.
-    """
+    """The name of what a training runs on; ``device`` as in Ultralytics: "cpu", "0", "0,1", or another of torch's."""
     if device == "cpu":
         return processor()
     import torch

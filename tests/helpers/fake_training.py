@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 
-def fake(file: str) -> None:
+def fake(file: str, token: str) -> None:
     """Write results instead of training, and a line into ``calls.txt`` beside the runs' folders."""
     job, folder = json.loads(Path(file).read_text()), Path(file).parent
     with (folder.parent / "calls.txt").open("a") as stream:
@@ -21,7 +21,7 @@ def fake(file: str) -> None:
     if trouble == 14:
         os.kill(os.getpid(), signal.SIGKILL)
     if trouble == 15:
-        endless(file)
+        endless(file, token)
     (folder / "weights").mkdir(exist_ok=True)
     (folder / "weights" / "last.pt").write_bytes(b"weights")
     (folder / "results.csv").write_text("epoch,time\n1,2\n")
@@ -32,7 +32,7 @@ def fake(file: str) -> None:
     (folder / "result.json").write_text(json.dumps(result))
 
 
-def endless(file: str) -> None:
+def endless(file: str, token: str) -> None:
     """What a real training does at its beginning; then it does not end by itself."""
     from fgd_hooks.study.lease import Lease
 
@@ -43,7 +43,7 @@ def endless(file: str) -> None:
     time.sleep(300)
 
 
-def report(file: str) -> None:
+def report(file: str, token: str) -> None:
     """Tell the variables of the process as the run's result."""
     found = {"map50_95": 0.5, "per_class": []}
     (Path(file).parent / "result.json").write_text(json.dumps({**os.environ, "cpu_s": 1.0, "results": {"val": found}}))

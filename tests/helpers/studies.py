@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 
 from fgd_hooks.study import runner
+from fgd_hooks.study.lease import Lease
 from fgd_hooks.study.plan import Planner, Run
 from fgd_hooks.study.runner import JOB, Runner
 from fgd_hooks.study.spec import load_study
@@ -57,10 +58,10 @@ def planner(file: Path) -> Planner:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have studies do fake trainings, and those in this process, at once: for all that is not about processes."""
 
-    def submit(self: Runner, folder: Path, run: Run, device: str) -> Any:
-        log, result = folder / "log", folder / "submitit_result"
+    def submit(self: Runner, lease: Lease, run: Run, device: str) -> Any:
+        log, result = lease.folder / "log", lease.folder / "submitit_result"
         try:
-            fake(str(folder / JOB))
+            fake(str(lease.folder / JOB), lease.token)
         except RuntimeError as error:
             log.write_text(f"{type(error).__name__}: {error}\n")
         result.touch()
