@@ -94,8 +94,10 @@ def load_state(parts: Mapping[str, Any], distiller: Distiller | None, folder: Pa
     for name, part in parts.items():
         if name == "model":
             load_weights(part, file)
+        elif name == "fgd.optimizer":  # its learning rate is the one of the step that comes next
+            part.load_state_dict({**saved[name], "state": adamw_state(part, saved[name])["state"]})
         else:
-            part.load_state_dict(adamw_state(part, saved[name]) if name == "fgd.optimizer" else saved[name])
+            part.load_state_dict(saved[name])
     return rows
 
 
