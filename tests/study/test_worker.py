@@ -1,5 +1,6 @@
 """What a run's process says of itself: its device, by name; and how it writes its files."""
 
+import os
 import platform
 
 import pytest
@@ -34,3 +35,39 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         write_json(file, {"a": object()})
     assert read_json(file) == {"a": 1}
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """A job file, with a lease of this process; the training notes where and with what it is called."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(machine.Lease, "end_without", lambda self: None)
+    monkeypatch.setattr(machine, "train", lambda job, folder: seen.append((os.getcwd(), os.environ.get(GPUS))))
+    seen: list[tuple[str, str | None]] = []
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write_json(folder / "job.json", {"machine": {"plugins": [], "variables": {GPUS: "2,3"}}})
+    return folder / "job.json", seen
+
+
+GPUS = "CUDA_VISIBLE_DEVICES"
+
+
+@pytest.mark.parametrize(("cluster", "visible"), [("local", "2,3"), ("slurm", "7")])
+def test_a_job_sees_the_gpus_of_its_study_or_those_that_a_cluster_gives_it(job, monkeypatch, cluster, visible):
+    file, seen = job
+    monkeypatch.setenv(GPUS, "" if cluster == "local" else "7")  # as submitit leaves it
+    machine.work(str(file), machine.Lease.take(file.parent, cluster).token)
+    assert seen == [(str(file.parent), visible)]
+
+
+def test_a_run_by_hand_takes_the_lease(job, monkeypatch):
+    file, seen = job
+    monkeypatch.setattr("sys.argv", ["worker", str(file)])
+    lease = machine.Lease.take(file.parent)
+    with pytest.raises(SystemExit, match="another process has it"):
+        machine.main()
+    lease.release()
+    machine.main()
+    assert len(seen) == 1
+    assert machine.Lease.read(file.parent) is None
