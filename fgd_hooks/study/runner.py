@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 JOB, LOG = "job.json", "train.log"
-CLUSTERS = ("local", "slurm")
 _ROOT = Path(__file__).resolve().parents[2]  # the jobs find the package where this process found it
 _POLL_SECONDS, _OTHERS_SECONDS = 0.5, 10.0
 _END_SECONDS = 10.0
