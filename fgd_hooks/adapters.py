@@ -1,6 +1,16 @@
 """Adapters: small trainable modules that bring a student feature to the teacher's number of channels.
 
-An adapter maps (N, C_student, H, W) to (N, C_teacher, H, W). Register one of your own with::
+An adapter maps (N, C_student, H, W) to (N, C_teacher, H, W):
+
+- ``identity``: the feature as it is; only for equal channels
+- ``fitted``: as ``aligned``, and fitted to the teacher's features by ridge regression in the first step that distils
+- ``aligned``: a 1x1 convolution that begins by repeating the student's channels, or by taking evenly spaced ones
+- ``conv1x1``: a 1x1 convolution, as in the authors' code
+- ``conv1x1_bn``: a 1x1 convolution without bias, then batch normalisation
+- ``conv3x3``: a 3x3 convolution with padding 1
+- ``mlp``: 1x1 convolution, ReLU, 1x1 convolution, at the teacher's width
+
+Register one of your own with::
 
     @register_adapter("deep")
     def deep(student_channels: int, teacher_channels: int) -> nn.Module: ...
@@ -59,7 +69,7 @@ def create_adapter(name: str, student_channels: int, teacher_channels: int) -> n
 
 @register_adapter("identity")
 def identity(student_channels: int, teacher_channels: int) -> nn.Module:
-    """The feature as it is; only for equal channels.
+    """The feature as it is.
 
     Raises:
         ConfigError: the channels differ.
@@ -72,49 +82,15 @@ def identity(student_channels: int, teacher_channels: int) -> nn.Module:
     return nn.Identity()
 
 
-@register_adapter("conv1x1")
-def conv1x1(student_channels: int, teacher_channels: int) -> nn.Module:
-    """One 1x1 convolution with bias, as in the authors' code."""
-    return nn.Conv2d(student_channels, teacher_channels, 1)
-
-
-@register_adapter("aligned")
-def aligned(student_channels: int, teacher_channels: int) -> nn.Module:
-    """One 1x1 convolution with bias that begins by repeating the student's channels (or by taking evenly spaced ones).
-
-    The teacher's channel j begins as the student's channel j * C_student // C_teacher.
-    """
-    conv = nn.Conv2d(student_channels, teacher_channels, 1)
-    align(conv)
-    return conv
-
-
-@register_adapter("fitted")
-def fitted(student_channels: int, teacher_channels: int) -> nn.Module:
-    """As ``aligned``, and fitted to the teacher's features by ridge regression in the first step that distils."""
-    return FittedConv(student_channels, teacher_channels)
-
-
-@register_adapter("conv1x1_bn")
-def conv1x1_bn(student_channels: int, teacher_channels: int) -> nn.Module:
-    """1x1 convolution without bias, then batch normalisation."""
-    return nn.Sequential(nn.Conv2d(student_channels, teacher_channels, 1, bias=False), nn.BatchNorm2d(teacher_channels))
-
-
-@register_adapter("mlp")
-def mlp(student_channels: int, teacher_channels: int) -> nn.Module:
-    """1x1 convolution, ReLU, 1x1 convolution, at the teacher's width."""
-    return nn.Sequential(
-        nn.Conv2d(student_channels, teacher_channels, 1),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(teacher_channels, teacher_channels, 1),
-    )
-
-
-@register_adapter("conv3x3")
-def conv3x3(student_channels: int, teacher_channels: int) -> nn.Module:
-    """One 3x3 convolution with bias and padding 1."""
-    return nn.Conv2d(student_channels, teacher_channels, 3, padding=1)
+SIMPLE: dict[str, Callable[[int, int], nn.Module]] = {
+    "aligned": lambda student, teacher: aligned(nn.Conv2d(student, teacher, 1)),
+    "conv1x1": lambda student, teacher: nn.Conv2d(student, teacher, 1),
+    "conv1x1_bn": lambda s, t: nn.Sequential(nn.Conv2d(s, t, 1, bias=False), nn.BatchNorm2d(t)),
+    "conv3x3": lambda student, teacher: nn.Conv2d(student, teacher, 3, padding=1),
+    "mlp": lambda s, t: nn.Sequential(nn.Conv2d(s, t, 1), nn.ReLU(inplace=True), nn.Conv2d(t, t, 1)),
+}
+for _name, _factory in SIMPLE.items():
+    register_adapter(_name)(_factory)
 
 
 def run_adapter(adapter: nn.Module, student: Tensor) -> Tensor:
@@ -130,6 +106,7 @@ def run_adapter(adapter: nn.Module, student: Tensor) -> Tensor:
     return adapted
 
 
+@register_adapter("fitted")
 class FittedConv(nn.Conv2d):
     """One 1x1 convolution with bias, (N, C_student, H, W) to (N, C_teacher, H, W), that :meth:`fit` sets once.
 
@@ -146,7 +123,7 @@ class FittedConv(nn.Conv2d):
         super().__init__(student_channels, teacher_channels, 1)
         self.register_buffer("fitted", torch.tensor(False))
         self._known_fitted = False
-        align(self)
+        aligned(self)
 
     def _load_from_state_dict(self, *args: typing.Any, **kwargs: typing.Any) -> None:
         self._known_fitted = False  # the state that is loaded says whether it was fitted
@@ -191,16 +168,16 @@ class FittedConv(nn.Conv2d):
         self._known_fitted = True
 
 
-def align(conv: nn.Conv2d) -> None:
-    """Let a 1x1 convolution repeat its input channels (or take evenly spaced ones), in place."""
+def aligned(conv: nn.Conv2d) -> nn.Conv2d:
+    """A 1x1 convolution, set in place: its output j is its input j * inputs // outputs."""
     with torch.no_grad():
         conv.weight.zero_()
         conv.weight[torch.arange(conv.out_channels), evenly_spaced(conv.out_channels, conv.in_channels)] = 1
         nn.init.zeros_(typing.cast(nn.Parameter, conv.bias))
+    return conv
 
 
 def _cells(feature: Tensor) -> Tensor:
     """(cells, C) of a feature map (N, C, H, W), at most :data:`MAX_CELLS`, in float64."""
     cells = feature.detach().movedim(1, -1).flatten(0, -2)
-    cells = cells[:: max(1, -(-cells.shape[0] // MAX_CELLS))]
-    return wide(cells)
+    return wide(cells[:: max(1, -(-cells.shape[0] // MAX_CELLS))])

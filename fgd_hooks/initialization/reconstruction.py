@@ -79,17 +79,14 @@ def fit_channels(student: nn.Module, teacher: nn.Module, images: Any) -> Initial
     failure: ValueError | None = None
     try:
         _run(teacher, images, "teacher", [fit.theirs.register_forward_hook(fit.observe) for fit in fits])
-        kept |= {
-            fit.name: "the teacher's runs not once in a pass, or on pieces of images" for fit in fits if fit.unseen
-        }
+        unseen = "the teacher's runs not once in a pass, or on pieces of images"
+        kept |= {fit.name: unseen for fit in fits if fit.unseen}
         fits = [fit for fit in fits if not fit.unseen]
         buffers = [each for fit in fits for layer in fit.unit.layers.values() for each in layer.buffers()]
         _run(student, images, "student", [handle for fit in fits for handle in fit.hooks()], buffers)
         for name, key, tensor in ((fit.name, *item) for fit in fits for item in fit.unit.tensors.items()):
             if not torch.isfinite(tensor).all():  # nor an overflow, of half precision, may get into what is trained
-                raise ValueError(
-                    f"The fit of {name} gave values in {key} that are not finite; are those of the images?"
-                )
+                raise ValueError(f"The fit of {name} gave {key} values that are not finite; are those of the images?")
     except ValueError as error:
         failure = error
     if on_any_process(failure is not None, next(iter(before.values())).device if before else torch.device("cpu")):

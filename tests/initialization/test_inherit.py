@@ -140,6 +140,15 @@ def test_a_transposed_convolution_is_another_layer():
     assert "ConvTranspose2d" in inherit(student, teacher, {"neck": ["neck"]}).kept["neck.weight"]
 
 
+def test_other_groups_are_another_layer_though_the_weights_have_one_shape():
+    student, teacher = nn.Module(), nn.Module()
+    student.neck, teacher.neck = nn.Conv2d(8, 4, 1, groups=2), nn.Conv2d(4, 4, 1)
+    assert "neck has 2 groups, the teacher's 1" in inherit(student, teacher, {"neck": ["neck"]}).kept["neck.weight"]
+    student.neck, teacher.neck = nn.Conv2d(8, 4, 1, groups=2), nn.Conv2d(8, 4, 1, groups=2)
+    inherit(student, teacher, {"neck": ["neck"]})
+    assert torch.equal(student.neck.weight, teacher.neck.weight)
+
+
 def test_another_precision_is_converted():
     student, teacher = Blocks(4, 6), Blocks(4, 6).half()
     inherit(student, teacher, {"neck": ["neck"]})
