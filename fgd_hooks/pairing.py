@@ -98,8 +98,7 @@ def plan_pairs(
         chosen = share.levels or config.levels
         found.append(FoundLevels(mine, theirs, chosen))
         scores = _score_taps(teacher, theirs, config)
-        for pair in _choose(pair_levels(mine, theirs), chosen):
-            _check_sizes(pair, config)
+        for pair in _chosen(pair_levels(mine, theirs), chosen, config.resize):
             for position, (name, loss) in enumerate(zip(names, losses, strict=True)):
                 planned.append(
                     DistillationPair(
@@ -141,30 +140,27 @@ def _score_taps(teacher: nn.Module, levels: Sequence[Level], config: FGDConfig) 
     return {level.tap: tap for level, tap in zip(levels, taps, strict=True)}
 
 
-def _choose(pairs: list[LevelPair], chosen: Sequence[str] | None) -> list[LevelPair]:
+def _chosen(pairs: Sequence[LevelPair], chosen: Sequence[str] | None, resize: bool) -> list[LevelPair]:
+    """The pairs of the levels that are named (None: all), with maps of one size unless they are resized."""
     names = [pair.name for pair in pairs]
     for wanted in chosen or []:
         if wanted not in names:
             raise ConfigError(f"levels names {wanted!r}, but the levels that pair are {', '.join(names)}.")
-    return [pair for pair in pairs if chosen is None or pair.name in chosen]
-
-
-def _check_sizes(pair: LevelPair, config: FGDConfig) -> None:
-    if pair.student.size != pair.teacher.size and not config.resize:
-        raise ConfigError(
-            f"At level {pair.name} the student's map ({pair.student.tap}) has {pair.student.size} cells and the "
-            f"teacher's ({pair.teacher.tap}) {pair.teacher.size} for the same input. Set resize=true to resample "
-            "the student's, or name other taps."
-        )
+    pairs = [pair for pair in pairs if chosen is None or pair.name in chosen]
+    for pair in pairs:
+        if pair.student.size != pair.teacher.size and not resize:
+            raise ConfigError(
+                f"At level {pair.name} the student's map ({pair.student.tap}) has {pair.student.size} cells and the "
+                f"teacher's ({pair.teacher.tap}) {pair.teacher.size} for the same input. Set resize=true to resample "
+                "the student's, or name other taps."
+            )
+    return pairs
 
 
 def signature(pair: LevelPair) -> str:
     """What must be equal for a level's state to fit: name, stride and channels."""
-
-    def side(level: Level) -> str:
-        return f"stride {level.stride}, {level.channels} channels"
-
-    return f"{pair.name}: {side(pair.student)} / {side(pair.teacher)}"
+    sides = (f"stride {level.stride}, {level.channels} channels" for level in (pair.student, pair.teacher))
+    return f"{pair.name}: {' / '.join(sides)}"
 
 
 def check_names(config: FGDConfig) -> None:
@@ -200,13 +196,6 @@ def build_loss(config: LossConfig, channels: int) -> FeatureLoss:
         raise ConfigError(f"loss.options: {error}") from error
 
 
-def describe_levels(levels: Sequence[Level]) -> str:
-    """One line per level: name, stride, channels and tap."""
-    return "\n".join(
-        f"  {level.name:<4} stride {level.stride:<4} {level.channels:>5} channels  {level.tap}" for level in levels
-    )
-
-
 def pair_levels(student: Sequence[Level], teacher: Sequence[Level]) -> list[LevelPair]:
     """Pair levels of equal stride, finest first; levels of one model alone are left out, and that is logged.
 
@@ -216,23 +205,25 @@ def pair_levels(student: Sequence[Level], teacher: Sequence[Level]) -> list[Leve
         PairingError: no stride is common; the message prints both pyramids.
     """
     pairs: list[LevelPair] = []
-    for stride in sorted({level.stride for level in student} & {level.stride for level in teacher}):
-        mine = [level for level in student if level.stride == stride]
-        theirs = [level for level in teacher if level.stride == stride]
+    for stride in sorted({level.stride for level in student}):
+        mine, theirs = ([level for level in levels if level.stride == stride] for levels in (student, teacher))
         for number, (one, other) in enumerate(zip(mine, theirs, strict=False)):
-            name = one.name if number == 0 else f"{one.name}_{number + 1}"
-            pairs.append(LevelPair(name, one, other))
+            pairs.append(LevelPair(one.name if number == 0 else f"{one.name}_{number + 1}", one, other))
     if not pairs:
+        pyramids = [
+            "\n".join(
+                f"  {each.name:<4} stride {each.stride:<4} {each.channels:>5} channels  {each.tap}" for each in levels
+            )
+            for levels in (student, teacher)
+        ]
         raise PairingError(
             "Student and teacher have no feature level of the same stride.\n"
-            f"Student:\n{describe_levels(student)}\nTeacher:\n{describe_levels(teacher)}\n"
+            f"Student:\n{pyramids[0]}\nTeacher:\n{pyramids[1]}\n"
             "Choose a teacher with a common stride, or name taps whose strides match."
         )
-    for role, levels, used in (
-        ("student", student, [pair.student for pair in pairs]),
-        ("teacher", teacher, [pair.teacher for pair in pairs]),
-    ):
-        left_out = [f"{level.name} ({level.tap})" for level in levels if level not in used]
+    used = [level for pair in pairs for level in (pair.student, pair.teacher)]
+    for role, levels in (("student", student), ("teacher", teacher)):
+        left_out = [f"{level.name} ({level.tap})" for level in levels if not any(level is each for each in used)]
         if left_out:
             logger.warning("Levels of the %s without a partner are not distilled: %s", role, ", ".join(left_out))
     return pairs
