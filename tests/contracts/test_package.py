@@ -86,3 +86,10 @@ def test_every_optional_package_is_of_an_extra_that_exists():
 def test_the_core_depends_on_torch_and_omegaconf_alone():
     core = SETUP["options"]["install_requires"]
     assert re.findall(r"^([\w-]+)", core, re.M) == ["torch", "omegaconf"]
+
+
+def test_every_source_file_that_a_page_names_is_there():
+    named = re.compile(r"\b(?:tests|fgd_hooks|trainers|benchmarks|results)/[\w/]+\.py\b")
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        missing = {name for name in named.findall(page.read_text(encoding="utf-8")) if not (ROOT / name).is_file()}
+        assert not missing, f"{page.name} names {missing}"
