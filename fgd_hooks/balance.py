@@ -130,11 +130,7 @@ class Balance:
         return leaves
 
     def limited(self, feature: Tensor) -> Tensor:
-        """The same feature (N, C, H, W), with ``image_limit`` on the gradient that comes back through it.
-
-        Args:
-            feature: what enters the loss: the student's feature, behind its adapter.
-        """
+        """The same feature (N, C, H, W), with ``image_limit`` on the gradient that comes back through it."""
         limit = self.config.image_limit
         if not self.measures or limit is None or not feature.requires_grad:
             return feature
@@ -246,9 +242,6 @@ class Balance:
         """Restore what :meth:`state_dict` gave.
 
         Saved scales stay inside the bounds of this configuration; with fixed weights they are left out.
-
-        Raises:
-            ValueError: it is damaged, or of another number of levels; nothing is changed then.
         """
         names = ("scales", "ratios", "_measured")
         saved = {name: state.get(name) for name in names}

@@ -47,9 +47,6 @@ class StepHealth:
 
         Args:
             finite: (), bool, whether its loss was finite.
-
-        Raises:
-            NonFiniteError: it was not for ``max_bad_steps`` steps in a row.
         """
         self.steps += 1
         bad = (~finite).long()

@@ -28,11 +28,7 @@ class Clock:
 
 
 def next_step(config: FGDConfig, clock: Clock) -> tuple[float, bool]:
-    """Count a training step; what its distillation loss is multiplied by, and whether it rests because of ``every``.
-
-    Raises:
-        ValueError: as for :func:`schedule_factor`.
-    """
+    """Count a training step; what its distillation loss is multiplied by, and whether it rests because of ``every``."""
     if clock.step == 0 and clock.epochs is None and 0 < (config.schedule.stop_epoch or 0) < 1:
         logger.warning(
             "schedule.stop_epoch=%s is a fraction of the training: it takes effect once distiller.set_epoch(epoch, "
@@ -63,9 +59,6 @@ def schedule_factor(config: ScheduleConfig, clock: Clock) -> float:
     (by epoch), and over the first ``warmup_steps`` steps of the training it rises linearly.
 
     A ``stop_epoch`` that is a fraction has no effect while the number of epochs is not known, and is one epoch or more.
-
-    Raises:
-        ValueError: a decay or a fraction to start at is asked for and the number of epochs is not known.
     """
     start = _epoch(config.start_epoch, clock)
     if start is None:

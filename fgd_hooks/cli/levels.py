@@ -18,12 +18,7 @@ Row = Sequence[object]
 
 
 def levels_command(arguments: argparse.Namespace) -> None:
-    """``fgd levels``: probe one model, or two and pair them, and print a table.
-
-    Raises:
-        ConfigError: the size of the probe is no multiple of the largest stride.
-        ModelNameError, FileNotFoundError, TapError, PairingError: see the functions called.
-    """
+    """``fgd levels``: probe one model, or two and pair them, and print a table."""
     student, teacher = arguments.model, arguments.teacher
     levels = _probe(student, arguments.imgsz)
     if teacher:

@@ -10,11 +10,7 @@ from fgd_hooks.utils.registry import suggestion
 
 
 def split_settings(settings: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """``["imgsz=640", "fgd.every=2"]`` as ``{"imgsz": 640}``, read as Ultralytics does, and ``["every=2"]``.
-
-    Raises:
-        ConfigError: a text without "=", or a key that is given twice.
-    """
+    """``["imgsz=640", "fgd.every=2"]`` as ``{"imgsz": 640}``, read as Ultralytics does, and ``["every=2"]``."""
     from ultralytics.cfg import parse_key_value_pair
 
     values: dict[str, Any] = {}
@@ -32,11 +28,7 @@ def split_settings(settings: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def check_settings(settings: dict[str, Any], required: dict[str, str], known: Iterable[str] | None = None) -> None:
-    """Refuse settings without a required key (to its meaning), or with one that is not ``known`` (None: all are).
-
-    Raises:
-        ConfigError: names the key, and what it means or the nearest known ones.
-    """
+    """Refuse settings without a required key (to its meaning), or with one that is not ``known`` (None: all are)."""
     for key in settings:
         if known is not None and key not in known:
             raise ConfigError(f"There is no setting {key!r}. {suggestion(key, known)}")

@@ -75,10 +75,6 @@ def show(
         top: number of channels.
         config: settings of the distillation; None: the ``fgd.yaml`` of the student's run, else the defaults.
         overrides: single settings that win, ``["levels=[P3]"]``.
-
-    Raises:
-        FileNotFoundError: weights, data or an image are missing.
-        ConfigError, DataError, CheckpointError, TeacherError, PairingError, TapError: what does not fit.
     """
     for key, value in (("images", images), ("imgsz", imgsz), ("top", top)):
         if isinstance(value, (int, float)) and (value < 1 or value != int(value)):
@@ -119,11 +115,7 @@ def show(
 
 
 def show_command(arguments: argparse.Namespace) -> None:
-    """``fgd show``: check the keys, draw, and say what was drawn and how far student and teacher are apart.
-
-    Raises:
-        ConfigError: a key is missing or unknown; and what :func:`show` raises.
-    """
+    """``fgd show``: check the keys, draw, and say what was drawn and how far student and teacher are apart."""
     settings, overrides = split_settings(arguments.settings)
     known = [name for name in inspect.signature(show).parameters if name != "overrides"]
     required = {"student": "weights of the student", "teacher": "weights of its teacher"}
@@ -137,11 +129,7 @@ def show_command(arguments: argparse.Namespace) -> None:
 
 
 def load_adapters(distiller: Distiller, state: dict[str, Any], file: Path) -> None:
-    """Load the adapters alone of a training state, for the levels that the distiller has.
-
-    Raises:
-        CheckpointError: they belong to other levels or adapters.
-    """
+    """Load the adapters alone of a training state, for the levels that the distiller has."""
     saved, modules = state.get("levels", []), state.get("modules", {})
     for pair in distiller.pairs:
         if signature(pair) not in saved:

@@ -104,11 +104,7 @@ def study_command(arguments: argparse.Namespace) -> int:
 
 
 def _slots(arguments: argparse.Namespace) -> tuple[list[str], int]:
-    """The devices, and how many trainings run at a time.
-
-    Raises:
-        StudyError: an empty device, several on a cluster, or fewer than one training at a time.
-    """
+    """The devices, and how many trainings run at a time."""
     devices = [device.strip() for device in arguments.device.split(",")]
     if not all(devices):
         raise StudyError(f"--device is {arguments.device!r}; expected cpu, or devices with commas between: 0,1.")
@@ -122,11 +118,7 @@ def _slots(arguments: argparse.Namespace) -> tuple[list[str], int]:
 
 
 def _slurm(texts: list[str]) -> dict[str, Any]:
-    """``["partition=gpu", "time=120"]`` as settings.
-
-    Raises:
-        StudyError: a text without "=".
-    """
+    """``["partition=gpu", "time=120"]`` as settings."""
     pairs = [text.partition("=") for text in texts]
     for key, sign, _ in pairs:
         if not (key and sign):
@@ -199,11 +191,7 @@ def _list(plan: Plan) -> int:
 
 
 def _test(plan: Plan, device: str) -> None:
-    """Measure every run on test that was not measured there before.
-
-    Raises:
-        StudyError: runs are not finished: whoever looks at test before could still choose by it.
-    """
+    """Measure every run on test that was not measured there before."""
     from fgd_hooks.study import worker
     from fgd_hooks.study.plan import TEST, write_json
 

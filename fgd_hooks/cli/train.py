@@ -48,11 +48,7 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 
 def check_data(data: str) -> None:
-    """Refuse a data yaml that neither exists nor is one that Ultralytics brings along.
-
-    Raises:
-        FileNotFoundError: names the file.
-    """
+    """Refuse a data yaml that neither exists nor is one that Ultralytics brings along."""
     if data.endswith((".yaml", ".yml")) and "://" not in data and not check_file(data, hard=False):
         raise FileNotFoundError(f"The data file {data!r} does not exist, here or among Ultralytics' own data sets.")
 

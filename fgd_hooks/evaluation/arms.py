@@ -48,11 +48,7 @@ class Interval:
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """The t-interval of the mean of a sample.
-
-    Raises:
-        ValueError: no value.
-    """
+    """The t-interval of the mean of a sample."""
     if not values:
         raise ValueError("an interval needs one value or more")
     mean, count = statistics.fmean(values), len(values)
@@ -63,15 +59,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
 
 
 def t_quantile(confidence: float, freedom: int) -> float:
-    """The t for which Student's distribution holds ``confidence`` between -t and t.
-
-    Args:
-        confidence: between 0 and 1.
-        freedom: degrees of freedom, 1 or more.
-
-    Raises:
-        ValueError: values outside these bounds.
-    """
+    """The t for which Student's distribution holds ``confidence`` between -t and t."""
     if not 0 < confidence < 1 or freedom < 1:
         raise ValueError(f"confidence {confidence} and freedom {freedom}: expected 0 < confidence < 1 and freedom >= 1")
     low, high = 0.0, math.pi / 2
@@ -127,11 +115,7 @@ class Record:
 
     @classmethod
     def from_dict(cls, kept: Mapping[str, Any], data: str = "") -> Record:
-        """From what a finished run wrote; ``data`` stands in where that does not name its data set.
-
-        Raises:
-            KeyError: a figure is missing.
-        """
+        """From what a finished run wrote; ``data`` stands in where that does not name its data set."""
         return cls(
             data=kept.get("data", data),
             **{key: kept[key] for key in ("student", "arm", "epochs", "seed", "cpu_s", "results")},
@@ -264,11 +248,7 @@ class Comparison:
 
 
 def compare_arms(records: Sequence[Record], order: Sequence[str] = (), baseline: str = "alone") -> list[Comparison]:
-    """A comparison for each data set and student; arms in the given order, then by name.
-
-    Raises:
-        StudyError: an arm has two runs with one seed, or runs of different settings.
-    """
+    """A comparison for each data set and student; arms in the given order, then by name."""
     teachers = {record.data: record for record in records if record.arm == "teacher"}
     places = {name: place for place, name in enumerate(order)}
     groups: dict[tuple[str, str], dict[str, list[Record]]] = {}

@@ -108,11 +108,7 @@ class CocoMetrics:
 
 
 def check_max_dets(max_dets: int) -> None:
-    """Refuse a number of detections that pycocotools cannot judge by.
-
-    Raises:
-        DataError: fewer than 10.
-    """
+    """Refuse a number of detections that pycocotools cannot judge by."""
     if max_dets < 10:
         raise DataError(f"max_dets is {max_dets}; expected at least 10 (recall is also measured with 1 and 10)")
 
@@ -125,10 +121,6 @@ def coco_metrics(truth: EvalData, detections: Sequence[Floats], max_dets: int = 
         detections: one (n, 6) array per image of ``truth.images``, in its order: left, top, width, height in pixels of
             the original image, confidence, class index as in ``truth.names``.
         max_dets: detections per image and class that count, the most confident ones.
-
-    Raises:
-        ValueError: the number of arrays is not the number of images.
-        DataError: ``max_dets`` is below 10.
     """
     if len(detections) != len(truth.images):
         raise ValueError(f"{len(detections)} arrays of detections for {len(truth.images)} images; give one per image")

@@ -115,9 +115,6 @@ def load_letterboxed(file: Path, imgsz: int, stride: int = 32) -> tuple[Tensor, 
         image: (3, h, w), 0 to 1, RGB, after the EXIF orientation.
         scale: pixels of the result per pixel of the file.
         offset: (x, y) of the file's top left corner in the result, in pixels.
-
-    Raises:
-        DataError: the file is no image.
     """
     with _opened(file) as opened:
         image = ImageOps.exif_transpose(opened).convert("RGB")

@@ -69,12 +69,7 @@ class Table:
         return [*lines, *(_markdown_row(row) for row in self.rows)]
 
     def rich(self, ruled: int = 0, **options: Any) -> RichTable:
-        """For a terminal.
-
-        Args:
-            ruled: number of the row that a line is drawn below; 0: none.
-            **options: of rich's table.
-        """
+        """For a terminal."""
         from rich.table import Table as RichTable
 
         table = RichTable(title=self.title or None, caption=self.caption or None, **options)
@@ -92,15 +87,7 @@ def _markdown_row(cells: Sequence[str]) -> str:
 def draw_curves(
     curves: Sequence[Curve], file: Path, *, title: str, ylabel: str, reference: tuple[str, float] | None = None
 ) -> None:
-    """Draw curves over the epochs as a PNG: the mean over an arm's runs, and one standard deviation as a band.
-
-    Args:
-        curves: at most 21 of them; names and final values are written at the end of each line.
-        file: where to write it.
-        title: above the picture.
-        ylabel: what the values are.
-        reference: name and value of a dashed horizontal line.
-    """
+    """Draw curves over the epochs as a PNG: the mean over an arm's runs, and one standard deviation as a band."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -78,12 +78,7 @@ class RunFolder:
 
 
 def read_run(folder: str | Path) -> RunFolder:
-    """Read a run folder: ``results.csv`` and ``args.yaml``, and ``fgd.yaml`` where it exists.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        RunError: it is no run; the message names the file that is missing or damaged.
-    """
+    """Read a run folder: ``results.csv`` and ``args.yaml``, and ``fgd.yaml`` where it exists."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"The run folder {str(folder)!r} does not exist.")
@@ -118,11 +113,7 @@ def read_run(folder: str | Path) -> RunFolder:
 
 
 def read_evaluation(file: Path) -> dict[str, Any] | None:
-    """The content of a file that ``fgd eval --json`` wrote; None where there is no such file.
-
-    Raises:
-        RunError: it holds something else.
-    """
+    """The content of a file that ``fgd eval --json`` wrote; None where there is no such file."""
     if not file.is_file():
         return None
     try:

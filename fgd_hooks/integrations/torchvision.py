@@ -264,11 +264,7 @@ def with_taps(config: FGDConfig, student: OnBatch, teachers: Sequence[OnBatch], 
 
 
 def backbone_maps(face: OnBatch, canvases: Sequence[Size], role: str = "model") -> dict[str, list[Size]]:
-    """The tap of each map that a detector's backbone returns, with its (h, w) in cells on each canvas.
-
-    Raises:
-        TapError: the backbone returns neither a map nor a dict of maps, or cannot take images of that size.
-    """
+    """The tap of each map that a detector's backbone returns, with its (h, w) in cells on each canvas."""
     pooled = any(isinstance(module, LastLevelMaxPool) for module in face.backbone.modules())
     found: dict[str, list[Size]] = {}
     for canvas in canvases:

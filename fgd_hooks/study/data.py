@@ -53,19 +53,7 @@ def find_file(text: str, root: Path | None, beside: Path) -> Path:
 
 
 def read_source(name: str, spec: DataSpec, root: Path | None, beside: Path, out: Path) -> Source:
-    """Find the images of a data set's splits, with the holdout already moved; draws the built-in set where asked.
-
-    Args:
-        name: of the data set, for messages.
-        spec: its section.
-        root: the data root, from the command line or the environment.
-        beside: folder of the study file.
-        out: folder to draw into.
-
-    Raises:
-        StudyError: the data yaml is not there, or the settings of the drawn set are wrong.
-        DataError: the data are malformed.
-    """
+    """Find the images of a data set's splits, with the holdout already moved; draws the built-in set where asked."""
     if spec.scenes is not None:
         return _scenes(name, spec.scenes, out)
     file = find_file(str(spec.yaml), root, beside)
@@ -93,14 +81,7 @@ def read_source(name: str, spec: DataSpec, root: Path | None, beside: Path, out:
 
 
 def subset(images: Sequence[Path], fraction: float, seed: int, purpose: str = "subset") -> tuple[Path, ...]:
-    """A share of images, in their order: those whose names, hashed with the seed, come first. Nested by construction.
-
-    Args:
-        images: all of them.
-        fraction: above 0, up to 1; at least one image is taken.
-        seed: another one gives another choice.
-        purpose: independent choices from the same images have different ones.
-    """
+    """A share of images, in their order: those whose names, hashed with the seed, come first. Nested."""
     ranked = sorted(images, key=lambda image: hashlib.sha256(f"{purpose} {seed} {image.name}".encode()).digest())
     taken = set(ranked[: max(1, math.floor(fraction * len(images) + 0.5))])
     return tuple(image for image in images if image in taken)
@@ -110,9 +91,6 @@ def prepare(name: str, source: Source, out: Path, fraction: float = 1.0, seed: i
     """Lay out the data set under ``out``: links to the images, copies of the labels, ``train.txt`` and ``data.yaml``.
 
     Nothing is written where it is there already, or where the sources lie.
-
-    Raises:
-        StudyError: two images of one split have the same name, but for its ending.
     """
     splits = dict(source.splits)
     splits["train"] = subset(splits["train"], fraction, seed)
@@ -140,9 +118,6 @@ def scan_labels(prepared: Prepared) -> None:
     """Have Ultralytics scan the labels and write its caches beside them.
 
     Trainings that start together would each write them, and one would find its file removed by the other.
-
-    Raises:
-        RuntimeError: Ultralytics found no usable image in a split.
     """
     from ultralytics.data import YOLODataset
     from ultralytics.data.utils import check_det_dataset

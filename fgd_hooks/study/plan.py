@@ -88,12 +88,7 @@ class Run:
         return tuple(run for run in (self.teacher, self.start) if run is not None)
 
     def job(self, **machine: Any) -> dict[str, Any]:
-        """What a process has to know to do the run, as plain values.
-
-        Args:
-            **machine: what the machine decides, beside the files; like them it is kept apart, under "machine", and does
-                not come into the result.
-        """
+        """What a process has to know to do the run, as plain values."""
         files = {"model": self.model, "data_yaml": str(self.prepared.yaml), "weights": str(self.weights)}
         given = {name: str(run.weights) for name in ("teacher", "start") if (run := getattr(self, name))}
         kept = ("key", "name", "data", "student", "arm", "kind", "seed", "epochs", "scale", "settings", "fgd")
@@ -186,11 +181,7 @@ class Planner:
     def plan(
         self, only: Sequence[str] | None = None, data: Sequence[str] | None = None, seeds: Sequence[int] | None = None
     ) -> Plan:
-        """The runs of some arms, data sets and seeds, or of all.
-
-        Raises:
-            StudyError: a file is missing.
-        """
+        """The runs of some arms, data sets and seeds, or of all."""
         runs: dict[str, Run] = {}
         waiting: list[str] = []
         # one seed of all arms first: a study that is stopped early has whole comparisons

@@ -76,16 +76,6 @@ def quickstart(
     Writes into ``out``: ``data/``, one folder per training (Ultralytics' own files, TensorBoard events, ``train.log``,
     ``result.json``), ``report.md``, ``curves.png`` and ``results.json``. The teacher of an earlier call is used again
     when its settings are the same and its training was finished; the students are always trained anew.
-
-    Args:
-        out: folder to write to, made when missing.
-        seeds: one pair of students is trained for each.
-        settings: sizes and budgets.
-        console: where table and progress are printed; by default the terminal.
-
-    Raises:
-        QuickstartError: a training failed.
-        ValueError: no seed, or one twice.
     """
     with needs_extra("ultralytics"):
         from rich.console import Console

@@ -64,11 +64,7 @@ class QuickstartResult:
     def from_results(
         cls, teacher: dict[str, Any], alone: Sequence[dict[str, Any]], fgd: Sequence[dict[str, Any]]
     ) -> QuickstartResult:
-        """From the results of the trainings.
-
-        Raises:
-            ValueError: the students' seeds do not go together.
-        """
+        """From the results of the trainings."""
         seeds = [[run["seed"] for run in runs] for runs in (alone, fgd)]
         if seeds[0] != seeds[1]:
             raise ValueError(f"students alone have the seeds {seeds[0]}, with FGD {seeds[1]}; expected the same")

@@ -32,11 +32,7 @@ def read_study(folder: Path) -> dict[str, Any]:
 
 
 def read_runs(folder: Path) -> dict[str, dict[str, Any]]:
-    """The runs of ``runs.jsonl`` by name; empty where there is none.
-
-    Raises:
-        StudyError: a line is no run, or two have one name.
-    """
+    """The runs of ``runs.jsonl`` by name; empty where there is none."""
     found: dict[str, dict[str, Any]] = {}
     file = folder / RUNS
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else ()
@@ -90,17 +86,8 @@ def collect(spec: StudySpec, plan: Plan, folder: Path, whole: Plan) -> tuple[int
     has not, and of a run whose settings have changed since. Records of other runs stay, so that a study may be
     collected in parts.
 
-    Args:
-        spec: the study.
-        plan: the runs to collect.
-        folder: where to.
-        whole: all runs of the study on the data sets that are collected.
-
     Returns:
         The number of finished runs, and the names of the records that were removed.
-
-    Raises:
-        StudyError: no run is finished.
     """
     done = {_name(run): run for run in plan.runs if run.result() is not None}
     if not done:

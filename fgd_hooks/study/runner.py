@@ -66,11 +66,7 @@ class Runner:
         self._started: list[Started] = []
 
     def run(self, runs: Iterable[Run]) -> int:
-        """Train those that are not finished; returns how many were left out because the time was over.
-
-        Raises:
-            StudyError: the cluster takes no job.
-        """
+        """Train those that are not finished; returns how many were left out because the time was over."""
         waiting = [run for run in runs if run.name not in self.failed]
         try:
             while True:

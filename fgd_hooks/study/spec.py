@@ -148,13 +148,7 @@ class StudySpec:
 
 
 def load_study(file: str | Path) -> StudySpec:
-    """Read and check a study file, and import its plug-ins.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        StudyError: it is no YAML, has an unknown key (the message names the nearest one), a wrong type or an
-            impossible value, or a plug-in fails.
-    """
+    """Read and check a study file, and import its plug-ins."""
     try:
         spec = load(StudySpec, file)
     except ConfigError as error:
@@ -173,11 +167,7 @@ def load_study(file: str | Path) -> StudySpec:
 
 
 def load_plugins(files: Iterable[str]) -> None:
-    """Import Python files, each once a process: they register losses and adapters under names that the runs use.
-
-    Raises:
-        StudyError: there is no such file, or it raises an error.
-    """
+    """Import Python files, each once a process: they register losses and adapters under names that the runs use."""
     for file in files:
         if not Path(file).is_file() or Path(file).suffix != ".py":
             raise StudyError(f"plugins: {file!r} does not exist; expected a Python file beside the study file.")
@@ -203,16 +193,7 @@ def sections(section: Any, where: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_training(spec: StudySpec, find: Callable[[str], str]) -> None:
-    """Check the ``train`` settings and the models' yaml files of a study by what Ultralytics says to them.
-
-    Args:
-        spec: the study.
-        find: a model's whole path by its text in the study, or the text where it is a name of Ultralytics' own.
-
-    Raises:
-        StudyError: a setting that Ultralytics does not have (the message names the nearest) or not with that value, or
-            a yaml that is no file and none that Ultralytics brings along.
-    """
+    """Check the ``train`` settings and the models' yaml files of a study by what Ultralytics says to them."""
     from ultralytics.cfg import get_cfg
     from ultralytics.nn.tasks import yaml_model_load
     from ultralytics.utils import DEFAULT_CFG_DICT

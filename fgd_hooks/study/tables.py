@@ -18,12 +18,7 @@ SUBJECT = "fgd"
 
 
 def read_comparisons(folder: Path) -> tuple[dict[str, Any], list[Comparison]]:
-    """What a folder of collected results asks (``study.json``), and the comparisons of its runs.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        StudyError: it holds no run, or one that is none; runs of an arm that do not go together.
-    """
+    """What a folder of collected results asks (``study.json``), and the comparisons of its runs."""
     if not folder.is_dir():
         raise FileNotFoundError(f"The folder of collected results {str(folder)!r} does not exist; collect them first.")
     study = read_study(folder)

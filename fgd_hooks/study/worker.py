@@ -29,11 +29,7 @@ _REPORT_SECONDS = 0.5
 
 
 def work(file: str, token: str) -> None:
-    """Do the run of a job file under the lease that its study took; without that lease this process ends.
-
-    Raises:
-        StudyError: another study has taken the folder since.
-    """
+    """Do the run of a job file under the lease that its study took; without that lease this process ends."""
     folder = Path(file).parent
     lease = Lease.read(folder)
     if lease is None or lease.token != token:

@@ -34,10 +34,6 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
 
     As JSON has it, keys are read back as texts and tuples as lists. What an earlier write left behind when its process
     was killed is removed.
-
-    Raises:
-        OSError: the disk is full or the folder cannot be written; the old file is left as it was.
-        TypeError: the content holds something else.
     """
     with needs_extra():
         from safetensors.torch import save
@@ -76,12 +72,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what :func:`write_checkpoint` wrote, onto the CPU.
-
-    Raises:
-        FileNotFoundError: there is none.
-        CheckpointError: it is damaged, of an older version, or no such file.
-    """
+    """Read what :func:`write_checkpoint` wrote, onto the CPU."""
     with needs_extra():
         from safetensors.torch import load
 
@@ -145,9 +136,6 @@ def adamw_state(optimizer: torch.optim.AdamW, saved: Any) -> dict[str, Any]:
     """What ``optimizer.load_state_dict`` takes: the saved moments and step counts with the optimizer's own settings.
 
     The settings (learning rate, weight decay, ...) are the configuration's, never the file's.
-
-    Raises:
-        ValueError: the saved state does not fit the optimizer's parameters.
     """
     state = saved.get("state") if isinstance(saved, Mapping) else None
     parameters = [parameter.detach() for group in optimizer.param_groups for parameter in group["params"]]

@@ -11,12 +11,7 @@ def is_distributed() -> bool:
 
 
 def on_any_process(flag: bool, device: torch.device) -> bool:
-    """Whether a flag is set on any process; all must call this together. Alone: the flag itself.
-
-    Args:
-        flag: this process's.
-        device: where the model is, for the backend (NCCL knows GPUs alone).
-    """
+    """Whether a flag is set on any process; all must call this together. Alone: the flag itself."""
     if not is_distributed():
         return flag
     flags = torch.tensor([float(flag)], device=device)

@@ -32,11 +32,7 @@ def join(*names: str) -> str:
 
 
 def write_tensors(student: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Set parameters and buffers by name, in place; all can be changed, or none is.
-
-    Raises:
-        ValueError: the student was made in inference mode.
-    """
+    """Set parameters and buffers by name, in place; all can be changed, or none is."""
     mine = all_tensors(student)
     for name in values:
         if mine[name].is_inference():

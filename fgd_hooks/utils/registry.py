@@ -31,11 +31,7 @@ class Registry:
         self._factories: dict[str, Callable[..., Any]] = {}
 
     def register(self, name: str) -> Callable[[Factory], Factory]:
-        """Decorator that enters a class or function under ``name`` and returns it unchanged.
-
-        Raises:
-            ValueError: the name is taken by another factory.
-        """
+        """Decorator that enters a class or function under ``name`` and returns it unchanged."""
 
         def decorate(factory: Factory) -> Factory:
             present = self._factories.get(name)
@@ -47,11 +43,7 @@ class Registry:
         return decorate
 
     def get(self, name: str) -> Callable[..., Any]:
-        """The factory entered under ``name``.
-
-        Raises:
-            UnknownNameError: no such entry; the message names the nearest ones.
-        """
+        """The factory entered under ``name``."""
         if name not in self._factories:
             raise UnknownNameError(f"There is no {self.kind} {name!r}. {suggestion(name, self.names())}")
         return self._factories[name]

@@ -50,19 +50,7 @@ def load(
     overrides: Iterable[str] | Mapping[str, Any] = (),
     name: str = "configuration",
 ) -> Schema:
-    """A checked instance of a schema.
-
-    Args:
-        schema: a dataclass, see above.
-        source: an instance (it is copied), a dict whose keys may have dots, a YAML file, or None for the defaults.
-        overrides: ``["balance.ratio=1", ...]``, values as in YAML, or ``{"balance.ratio": 1, ...}``; they win.
-        name: what to call the source in messages, unless it is a file.
-
-    Raises:
-        FileNotFoundError: the YAML file does not exist.
-        ConfigError: an unknown key, a wrong type or an impossible value; the message names the key, the place it came
-            from and the nearest known key.
-    """
+    """A checked instance of a schema."""
     if isinstance(source, (str, Path)):
         name, source = str(source), read_yaml(source)
     if not isinstance(source, (schema, Mapping, type(None))):
@@ -87,12 +75,7 @@ def load(
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Keys and values of a YAML file: plain ones, without aliases and tags.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ConfigError: it is too long or too deep, no valid YAML, or holds something else than keys and values.
-    """
+    """Keys and values of a YAML file: plain ones, without aliases and tags."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"The configuration file {str(path)!r} does not exist.")
     try:

@@ -52,9 +52,6 @@ def mask_boxes_of(batch: Mapping[str, Tensor], overlap: bool) -> PackedBoxes:
         batch: as for :func:`boxes_of`, with ``masks``: (N, h, w) of the instances' numbers within their image, from 1,
             where they overlap, else (n, h, w).
         overlap: which of the two, Ultralytics' ``overlap_mask``.
-
-    Raises:
-        TaskError: there are no masks, or another number of them.
     """
     if not isinstance(batch.get("masks"), Tensor):
         raise TaskError(

@@ -47,12 +47,7 @@ class DistillationCheckpoint:
         self._write_failed = False
 
     def load(self, folder: Path) -> int:
-        """Restore what :meth:`save` wrote; returns its epoch.
-
-        Raises:
-            FileNotFoundError: there is none.
-            CheckpointError: it is damaged or belongs to another distillation; nothing is changed then.
-        """
+        """Restore what :meth:`save` wrote; returns its epoch."""
         path = folder / LAST_CHECKPOINT
         content = read_checkpoint(path)
         try:
@@ -66,15 +61,7 @@ class DistillationCheckpoint:
         return epoch
 
     def resume(self, folder: Path, start_epoch: int) -> None:
-        """Go on from the file beside the checkpoint that Ultralytics resumes.
-
-        Args:
-            folder: of that checkpoint.
-            start_epoch: the epoch that the training goes on with.
-
-        Raises:
-            CheckpointError: as :meth:`load`.
-        """
+        """Go on from the file beside the checkpoint that Ultralytics resumes."""
         path = folder / LAST_CHECKPOINT
         try:
             epoch = self.load(folder)

@@ -34,11 +34,7 @@ def task_of(model: Any) -> str | None:
 
 
 def check_task(model: Any, boxes_from: str = "labels") -> None:
-    """Refuse a ``YOLO`` object or trainer whose task has no boxes, or no masks where the boxes shall come from masks.
-
-    Raises:
-        TaskError: it is one.
-    """
+    """Refuse a ``YOLO`` object or trainer whose task has no boxes, or no masks where boxes shall come from masks."""
     task = task_of(model)
     if task is not None and task not in TASKS:
         raise TaskError(
@@ -78,9 +74,6 @@ def check_version() -> None:
     Before 8.4.177 the event ``teardown`` does not come after an error, and the hooks would stay on the model. Before
     8.4.140 callbacks do not reach the processes of a multi-GPU training, which would run without distillation and say
     nothing. Older ones still give the items of the loss as a tensor without names.
-
-    Raises:
-        VersionError: names the version found and the oldest that works.
     """
     import ultralytics
 

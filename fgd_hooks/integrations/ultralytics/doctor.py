@@ -54,12 +54,6 @@ def diagnose_training(
         data: data yaml.
         config: of the distillation.
         settings: further ones of ``model.train()``: imgsz, batch, ...
-
-    Raises:
-        FileNotFoundError, DataError: teacher or data do not exist or cannot be read.
-        TeacherError: the teacher's file is no detector.
-        ConfigError: ``resume`` is given, or Ultralytics does not know one of the settings.
-        TaskError: the student's task has no boxes, or no masks where ``boxes_from`` is "masks".
     """
     settings = dict(settings or {})
     if settings.get("resume"):

@@ -44,16 +44,8 @@ def inherit_into(trainer: Any, teacher: nn.Module, what: str | None) -> tuple[st
     The optimizer holds the same parameters, and no moments yet. Between models whose levels differ (P2, P6) nothing is
     copied: their layers of one name serve different levels.
 
-    Args:
-        trainer: at ``on_pretrain_routine_end``, not resuming.
-        teacher: with its batch normalisations, not fused.
-        what: the setting ``inherit``, see :func:`fgd_hooks.initialization.initialize.initialize`.
-
     Returns:
         One line on what was copied (empty where nothing was to be), and whether that is what was asked for.
-
-    Raises:
-        TapError: the levels of a teacher that is no Ultralytics model cannot be found.
     """
     student, teacher = unwrap(trainer.model), unwrap(teacher)
     automatic = what == "auto"
