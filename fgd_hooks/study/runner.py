@@ -238,7 +238,7 @@ def progress_display(console: Console | None, **options: Any) -> Progress:
     with needs_extra("study"):
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     columns = (
-        TextColumn("{task.description:>18}"),
+        TextColumn("{task.description}", justify="right"),
         BarColumn(),
         TextColumn("{task.fields[note]:<20}"),
         TimeElapsedColumn(),
