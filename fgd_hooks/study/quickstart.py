@@ -23,11 +23,12 @@ from fgd_hooks.study.runner import Runner, progress_display
 from fgd_hooks.study.scenes import SceneSettings
 from fgd_hooks.study.spec import ArmSpec, DataSpec, StudentSpec, StudySpec, TeacherSpec
 from fgd_hooks.study.worker import digest
+from fgd_hooks.utils.recipes import recipes_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-STUDENT = Path(__file__).with_name("quickstart_student.yaml")
+STUDENT = recipes_folder() / "models" / "quickstart.yaml"
 
 
 @dataclass(frozen=True)

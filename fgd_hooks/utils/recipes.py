@@ -10,12 +10,17 @@ from fgd_hooks.utils.registry import suggestion
 PACKAGE = Path(__file__).parents[1]
 
 
-def recipes() -> dict[str, Path]:
-    """Name (``yolo``, ``paper/fcos``) to file; without those of studies, which are no settings of a distillation."""
+def recipes_folder() -> Path:
+    """Where the recipes are: inside an installed package, or ``configs/`` of a clone."""
     installed = PACKAGE / "recipes"
-    root = installed if installed.is_dir() else PACKAGE.parent / "configs"
+    return installed if installed.is_dir() else PACKAGE.parent / "configs"
+
+
+def recipes() -> dict[str, Path]:
+    """Name (``yolo``, ``paper/fcos``) to file; without studies and models, which are no settings of a distillation."""
+    root = recipes_folder()
     names = {file.relative_to(root).with_suffix("").as_posix(): file for file in sorted(root.rglob("*.yaml"))}
-    return {name: file for name, file in names.items() if not name.startswith("studies/")}
+    return {name: file for name, file in names.items() if not name.startswith(("studies/", "models/"))}
 
 
 def recipe_path(name: str | Path) -> Path:
