@@ -100,11 +100,7 @@ def units(model: nn.Module, prefix: str) -> Iterator[Unit]:
 
 
 def checked(student: nn.Module, teacher: nn.Module) -> tuple[nn.Module, nn.Module, dict[str, nn.Module]]:
-    """Student and teacher without wrappers, and the teacher's modules by name.
-
-    Raises:
-        TeacherError: the teacher is the student, shares its weights or holds NaN.
-    """
+    """Both models without wrappers, and the teacher's modules by name; a teacher that cannot give is refused."""
     student, teacher = unwrap(student), unwrap(teacher)
     check_apart(student, teacher)
     check_finite(teacher)
@@ -119,15 +115,9 @@ def take_over(
     kept: Mapping[str, str] | None = None,
     least: float = 0.0,
 ) -> InitializationReport:
-    """Copy those units of the teacher that fit, in place; everything is compared before the first number is copied.
+    """Copy what fits of ``modules``, pairs of names for each part; all is compared before the first number is copied.
 
-    Args:
-        student: the model that is changed.
-        teacher: the other's modules by name.
-        modules: for each part the modules that are compared, (student's name, teacher's name).
-        fit: "equal" or "channels".
-        kept: tensors that stay for another reason, with it.
-        least: nothing is copied where less than this share of the parameters would be.
+    ``kept`` are tensors that stay for another reason, with it. Below ``least`` of the parameters nothing is copied.
     """
     kept = dict(kept or {})
     copied: dict[str, str] = {}

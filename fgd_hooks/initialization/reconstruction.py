@@ -29,30 +29,27 @@ from fgd_hooks.utils.linalg import MAX_CELLS, evenly_spaced, ridge_change, wide
 from fgd_hooks.utils.modules import all_tensors, write_tensors
 from fgd_hooks.utils.preserve import preserve
 
-MOST_NUMBERS = 2**24
-"""Of a map's numbers, how many are in float64 at a time."""
-
-
-CONSTANT = 1e-10
-"""A channel whose variance is at most this share of its squared mean is taken as constant: rounding explains it."""
+MOST_NUMBERS = 2**24  # of a map, in float64 at a time
+CONSTANT = 1e-10  # a channel whose variance is at most this share of its squared mean: rounding explains it
 
 
 @torch.no_grad()
 def fit_channels(student: nn.Module, teacher: nn.Module, images: Any) -> InitializationReport:
     """Fit each of the student's convolutions to the evenly spaced channels of the teacher's of that name, in place.
 
-    Minimises sum |t - W x|² + r |W - W0|² for each layer, over at most :data:`MAX_CELLS` cells: x is
-    what the layer meets in the student, whose earlier layers are fitted already, t what the teacher's layer gives, both
-    less their means, W0 the weights at hand times the scale that suits each channel best, r as in
-    :meth:`FittedConv.fit`. A batch normalisation that follows takes the statistics of these images and
-    lets out what the teacher's lets out, and the weights before it stay as long as they were, channel by channel. Their
-    length has no effect on what is computed, but an optimizer turns longer ones more slowly: a student whose weights
-    grew in the fit ends worse (docs/inheriting.md). A bias makes the means equal. Takes one pass of each model and a
-    linear system per layer; without a bias or a batch normalisation nothing is subtracted. Layers stay as they are that
-    have no counterpart of equal kernel, that are frozen (YOLO's fixed DFL convolution is) or grouped (but for depthwise
-    ones), that run several times in a pass, on pieces of images (proposals), or not at all; so do channels that are the
-    same in all cells, in the student or the teacher. With torch.distributed all processes must call this together: each
-    fits to its images, and all take the weights of the first.
+    Minimises sum |t - W x|² + r |W - W0|² for each layer, over at most :data:`MAX_CELLS` cells: x is what the layer
+    meets in the student, whose earlier layers are fitted already, t what the teacher's layer gives, both less their
+    means, W0 the weights at hand times the scale that suits each channel best, r as in :meth:`FittedConv.fit`. A bias
+    makes the means equal; without a bias or a batch normalisation nothing is subtracted. A batch normalisation that
+    follows takes the statistics of these images and lets out what the teacher's lets out, and the weights before it
+    stay as long as they were, channel by channel: their length changes nothing that is computed, but an optimizer turns
+    longer ones more slowly, so that a student whose weights grew in the fit ends worse (docs/inheriting.md).
+
+    Takes one pass of each model and a linear system per layer. Layers stay as they are that have no counterpart of
+    equal kernel, that are frozen (YOLO's fixed DFL convolution is) or grouped (but for depthwise ones), that run more
+    than once in a pass, on pieces of images (proposals), or not at all; so do channels that are the same in all cells,
+    in the student or the teacher. With torch.distributed all processes must call this together: each fits to its
+    images, and all take the weights of the first.
 
     Args:
         student: after :func:`fgd_hooks.inherit_channels`, before its training; wrappers are looked through.
@@ -265,10 +262,9 @@ def _output_size(layer: Any, features: Tensor) -> torch.Size:
 
 
 def _patches(layer: Any, features: Tensor, size: torch.Size) -> Tensor:
-    """What a convolution's kernel meets at the cells that are compared.
+    """What a convolution's kernel meets at the cells that are compared, in the order of the weights.
 
-    Returns:
-        (1, rows, C * kernel cells), in the order of the weights; of a depthwise one (C, rows, kernel cells).
+    (1, rows, C * kernel cells), of a depthwise one (C, rows, kernel cells).
     """
     vertical, horizontal = layer.padding
     padded = features.detach()

@@ -38,24 +38,14 @@ class LossResult:
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """What else a loss may look at besides the two features.
-
-    Attributes:
-        boxes: N tensors (n_i, 4) of pixel x1 y1 x2 y2, or the same packed.
-        canvas: the (h, w) in pixels that the feature map covers; not needed with packed boxes.
-        scores: the teacher's class scores, logits (N, K, H, W), where the loss asks for them.
-    """
+    """What else a loss may look at besides the two features; attributes as in :meth:`FeatureLoss.forward`."""
 
     boxes: Sequence[Tensor] | PackedBoxes
     canvas: Canvas | None = None
     scores: Tensor | None = None
 
     def masks(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """Foreground and background weights of two features (N, C, H, W): see :func:`fgd_hooks.masks.box_masks`.
-
-        Raises:
-            ValueError: no canvas, or boxes of another number of images than the features have.
-        """
+        """Foreground and background weights of two features (N, C, H, W): see :func:`fgd_hooks.masks.box_masks`."""
         if isinstance(self.boxes, PackedBoxes):
             packed = self.boxes.to(student.device)
         elif self.canvas is None:

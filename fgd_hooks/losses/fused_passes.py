@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,10 +37,10 @@ class Group(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the forward pass of a group finds; empty where no term asks for it."""
+    """What the forward pass of a group finds; None or empty where no term asks for it."""
 
-    spatial: list[Tensor | None]  # softmaxes (n, P) of the spatial attentions
-    channel: list[Tensor | None]  # softmaxes (n, C) of the channel attentions
+    spatial: list[Any]  # softmaxes (n, P) of the spatial attentions
+    channel: list[Any]  # softmaxes (n, C) of the channel attentions
     attend: list[Tensor]  # softmaxes (n, 1, P) of the context blocks
     pooled: list[Tensor]  # contexts (n, C)
     mean: list[Tensor]  # [m (n, C)]
@@ -73,8 +73,8 @@ def forward_group(group: Group, temperature: float, weights: Weights, blocks: Bl
     """The first three terms and sum (d - m)^2, summed over a group of images."""
     n, c, p = group.student.shape
     sized = (bool(weights.attention), bool(weights.attention) or weights.focal)
-    over_channels: list[Tensor | None] = [None, None]
-    logits: list[Tensor | None] = [None, None]
+    over_channels: list[Any] = [None, None]
+    logits: list[Any] = [None, None]
     over_cells: tuple[list[Tensor], list[Tensor]] = ([], [])
     for j in group.chunks:
         for k, piece in enumerate(group.read(j)):
@@ -84,18 +84,18 @@ def forward_group(group: Group, temperature: float, weights: Weights, blocks: Bl
                 over_cells[k].append(size.sum(2))
             if weights.context:
                 logits[k] = _add(logits[k], torch.bmm(blocks[k][0][:, j].expand(n, 1, -1), piece))
-    spatial = [None if x is None else torch.softmax(x.mul_(1 / (c * temperature)), 1) for x in over_channels]
-    channel = [torch.softmax(_join(x).mul_(1 / (p * temperature)), 1) if x else None for x in over_cells]
+    spatial: list[Any] = [x if x is None else torch.softmax(x.mul_(1 / (c * temperature)), 1) for x in over_channels]
+    channel: list[Any] = [torch.softmax(_join(x).mul_(1 / (p * temperature)), 1) if x else None for x in over_cells]
     attend = [torch.softmax(x, 2) for x in logits if x is not None]
 
-    energy: Tensor | None = None
+    energy: Any = None
     squares = zero = group.foreground.new_zeros(())
     means: list[Tensor] = []
     contexts: tuple[list[Tensor], list[Tensor]] = ([], [])
     for j in group.chunks if weights.focal or weights.context else ():
         pieces = group.read(j)
         d = torch.sub(pieces[1], pieces[0], out=group.buffer(0, pieces[0]))
-        if channel[1] is not None and weights.focal:
+        if weights.focal:
             square = torch.mul(d, d, out=group.buffer(1, d))
             energy = _add(energy, torch.bmm(channel[1][:, None, j], square))
         if weights.context:
@@ -106,13 +106,13 @@ def forward_group(group: Group, temperature: float, weights: Weights, blocks: Bl
             squares = squares + torch.mul(d, d, out=d).sum()
 
     terms = [zero, zero, zero, squares]
-    if energy is not None and spatial[1] is not None:
+    if energy is not None:
         energy = energy.squeeze(1).mul_(spatial[1]).mul_(c * p)
         for k, mask in enumerate((group.foreground, group.background)):
             if weights[k]:
                 terms[k] = (mask * energy).sum()
     if weights.attention:
-        of_cells, of_channels = ((x - y).abs_().sum() for x, y in (both(spatial), both(channel)))
+        of_cells, of_channels = ((x - y).abs_().sum() for x, y in (spatial, channel))
         terms[2] = of_cells * p + of_channels * c
     pooled = [_join(x) for x in contexts if x]
     return terms, Kept(spatial, channel, attend, pooled, [_join(means)] if means else [])
@@ -136,7 +136,7 @@ def backward_group(
     for factor, mask in ((factors.foreground, group.foreground), (factors.background, group.background)):
         if factor is not None:
             into.focal = _add(into.focal, mask * factor)
-    if into.focal is not None and kept.spatial[1] is not None:
+    if into.focal is not None:
         into.focal = into.focal.mul_(kept.spatial[1]).mul_(-2 * c * p)
     if factors.attention is not None:
         factor = factors.attention / temperature
@@ -144,7 +144,7 @@ def backward_group(
         into.channels = _sign_gradient(kept.channel).mul_(factor * (c / p))
     by_logits: list[Tensor] = []
     if context is not None:
-        by_attend: list[Tensor | None] = [None, None]
+        by_attend: list[Any] = [None, None]
         for j in group.chunks:
             for k, piece in enumerate(group.read(j)):
                 by_attend[k] = _add(by_attend[k], torch.bmm(context.by_pooled[k][:, None, j], piece))
@@ -166,20 +166,20 @@ def backward_group(
 class _StudentGradient:
     """The student feature's gradient, written chunk by chunk from whichever terms there are."""
 
-    def __init__(self, channel: Tensor | None, context: Context | None) -> None:
+    def __init__(self, channel: Any, context: Context | None) -> None:
         self.channel = channel  # A_C^t / C (n, C)
         self.context = context
-        self.rows: Tensor | None = None  # (n, 3, P): 1, p, q
-        self.focal: Tensor | None = None  # k (n, P)
-        self.cells: Tensor | None = None  # u (n, P)
-        self.channels: Tensor | None = None  # v (n, C)
+        self.rows: Any = None  # (n, 3, P): 1, p, q; with a context
+        self.focal: Any = None  # k (n, P)
+        self.cells: Any = None  # u (n, P)
+        self.channels: Any = None  # v (n, C); with u
 
     def write(self, group: Group, pieces: tuple[Tensor, Tensor], j: slice, into: Tensor) -> None:
         """Overwrite ``into`` with the gradient at the channels ``j``."""
         student, teacher = pieces
         context = self.context
         d = torch.sub(teacher, student, out=into) if into.dtype == student.dtype else teacher - student
-        if self.focal is not None and self.channel is not None:
+        if self.focal is not None:
             focal, channel = self.focal[:, None], self.channel[:, j, None]
             factor = torch.mul(channel, focal, out=group.buffer(0, d))
             d *= factor if context is None else factor.add_(context.scale)
@@ -188,27 +188,19 @@ class _StudentGradient:
             d.add_(context.offset[:, j, None]).mul_(context.scale)
         else:
             d.zero_()
-        if self.cells is not None and self.channels is not None:
+        if self.cells is not None:
             size = torch.add(self.channels[:, j, None], self.cells[:, None], out=group.buffer(0, d))
             d.addcmul_(torch.sign(student, out=group.buffer(1, d)), size)
-        if context is not None and self.rows is not None:
+        if context is not None:
             first = 1 if self.focal is None else 0
             d.baddbmm_(context.columns[:, j, first:], self.rows[:, first:])
         if d is not into:
             into.copy_(d)
 
 
-def both(pair: list[Tensor | None]) -> tuple[Tensor, Tensor]:
-    """The pair as tensors, which a term that was computed has."""
-    student, teacher = pair
-    if student is None or teacher is None:
-        raise RuntimeError("A gradient was asked for of a term that the forward pass did not compute.")
-    return student, teacher
-
-
-def _sign_gradient(softmaxes: list[Tensor | None]) -> Tensor:
+def _sign_gradient(softmaxes: list[Any]) -> Tensor:
     """Gradient of sum |x - y| at the logits of x, for two softmaxes x and y over the last dimension."""
-    student, teacher = both(softmaxes)
+    student, teacher = softmaxes
     signs = (student - teacher).sign_()
     gradient: Tensor = torch.ops.aten._softmax_backward_data(signs, student, 1, student.dtype)
     return gradient

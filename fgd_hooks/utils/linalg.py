@@ -5,12 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-RIDGE = 0.05
-"""Least weight of the regression's prior, as a share of the mean variance of the student's channels."""
-
-
-MAX_CELLS = 16384
-"""As many cells of a batch are enough for any width; more are left out evenly."""
+RIDGE = 0.05  # least weight of the regression's prior, as a share of the mean variance of the inputs
+MAX_CELLS = 16384  # of a batch: enough for any width; more are left out evenly
 
 
 def ridge_change(gram: Tensor, cross: Tensor, count: Tensor) -> Tensor:
