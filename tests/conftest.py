@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("YOLO_AUTOINSTALL", "false")  # a test never installs anything
@@ -117,7 +118,8 @@ def teacher_file(workplace: Path, data: Path) -> Path:
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """Drawing takes longer than a tiny training; the tests of the pictures switch it on again."""
-    monkeypatch.setattr("fgd_hooks.integrations.ultralytics.monitor.PICTURED", 0)
+    if "ultralytics" in sys.modules:
+        monkeypatch.setattr("fgd_hooks.integrations.ultralytics.monitor.PICTURED", 0)
 
 
 @pytest.fixture

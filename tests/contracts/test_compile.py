@@ -17,7 +17,6 @@ from torch import nn
 from fgd_hooks import Distiller, FGDConfig
 from fgd_hooks.config import TeacherConfig
 from fgd_hooks.errors import TapError
-from fgd_hooks.integrations.ultralytics.compat import DistillingLoss, drop_loss
 from fgd_hooks.taps.levels import find_sources
 from fgd_hooks.taps.tap import Tap
 from fgd_hooks.teacher import COMPILES_FROM, FrozenTeacher
@@ -298,6 +297,9 @@ class WithLoss(nn.Linear):
 
 
 def test_the_replaced_loss_adds_in_training_only_and_leaves_no_trace_in_copies():
+    pytest.importorskip("ultralytics")
+    from fgd_hooks.integrations.ultralytics.compat import DistillingLoss, drop_loss
+
     model = WithLoss(2, 2)
     handle = DistillingLoss(model, lambda batch, output: ("added", output))
     assert model.loss({}, 3) == ("added", (3, {"task": 1.0}))

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from fgd_hooks import Distiller
 from fgd_hooks.config import FGDConfig, config_to_dict, load_config
 from fgd_hooks.errors import CheckpointError, ConfigError
-from fgd_hooks.integrations.ultralytics.checkpoint import DistillationCheckpoint
 from fgd_hooks.utils.checkpoint import LAST_CHECKPOINT, write_checkpoint
 from fgd_hooks.utils.structured_config import known_keys
 from tests.helpers.tiny import TinyDetector, batch, trained
@@ -133,6 +132,9 @@ def test_configuration_from_python(cases):
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     """A distillation in the middle of its training, and the bytes of its side file."""
+    pytest.importorskip("ultralytics")
+    from fgd_hooks.integrations.ultralytics.checkpoint import DistillationCheckpoint
+
     student, teacher = trained(TinyDetector()), trained(TinyDetector((8, 16, 24)), seed=1)
     distiller = Distiller(student, teacher, {"adapter": "conv1x1_bn", "levels": ["P3"]})
     run = SimpleNamespace(distiller=distiller, optimizer=torch.optim.AdamW(distiller.parameters(), 1e-3))

@@ -10,7 +10,6 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.common import peak_bytes
 from fgd_hooks import Distiller
 from fgd_hooks.losses.fgd import FGDLoss
 from fgd_hooks.losses.fused import _FusedTerms
@@ -114,6 +113,9 @@ def test_launches_per_level_are_few_and_independent_of_images_and_boxes():
 
 
 def test_the_memory_of_masks_does_not_grow_with_the_boxes():
+    pytest.importorskip("numpy")
+    from benchmarks.common import peak_bytes
+
     batches = [boxes_on("cpu", 4, each) for each in (20, 200, 1000)]
     peaks = [peak_bytes(partial(box_masks, packed, 80, 80)) for packed in batches]
     assert peaks[1] == peaks[0]
