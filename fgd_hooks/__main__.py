@@ -1,7 +1,5 @@
 """``python -m fgd_hooks`` is the command ``fgd``."""
 
-import sys
+import runpy
 
-from fgd_hooks.cli.main import main
-
-sys.exit(main())
+runpy.run_module("fgd_hooks.cli.main", run_name="__main__")

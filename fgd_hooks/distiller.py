@@ -239,7 +239,8 @@ class Distiller(nn.Module):
 
     def teach(self, images: Any, device: torch.device | None = None) -> tuple[list[Tensor], list[Tensor | None]]:
         """For each of :attr:`pairs` the teacher's feature and, if its loss needs them, class scores (N, K, H, W)."""
-        return run_teachers(self._teachers, self.pairs, images, device)
+        scored = [[pair.scores for pair in self.pairs if pair.number == each] for each in range(len(self._teachers))]
+        return run_teachers(self._teachers, scored, images, device)
 
     def _fit_adapters(self, features: list[Tensor], taught: list[Tensor]) -> None:
         """Fit the adapters that want it to this batch, before they are used for the first time."""

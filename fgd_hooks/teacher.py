@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from fgd_hooks.config import TeacherConfig
 from fgd_hooks.errors import TapError, TeacherError
-from fgd_hooks.pairing import DistillationPair
 from fgd_hooks.taps.hooks import FeatureTaps, StopForward, run_until_tapped
 from fgd_hooks.taps.tap import Tap
 from fgd_hooks.utils.modules import unwrap
@@ -125,13 +124,16 @@ def first_input(images: Any) -> Any:
 
 
 def run_teachers(
-    teachers: Sequence[FrozenTeacher], pairs: Sequence[DistillationPair], images: Any, device: torch.device | None
+    teachers: Sequence[FrozenTeacher],
+    scored: Sequence[Sequence[Tap | None]],
+    images: Any,
+    device: torch.device | None,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """For each pair its teacher's feature (N, C, H, W) and, if its loss needs them, class scores (N, K, H, W).
 
     Args:
         teachers: with taps at their pairs' levels, and then at the scores of those that need them.
-        pairs: teacher by teacher.
+        scored: for each teacher and each of its pairs where the scores are that its loss needs, or None.
         images: what the teachers are called with, or :class:`PerTeacher`.
         device: where the teachers are moved; None: they stay where they are.
 
@@ -143,13 +145,12 @@ def run_teachers(
         raise ValueError(f"PerTeacher holds {len(given)} inputs for {len(teachers)} teacher(s).")
     features: list[Tensor] = []
     scores: list[Tensor | None] = []
-    for number, (teacher, its_images) in enumerate(zip(teachers, given, strict=True)):
+    for teacher, places, its_images in zip(teachers, scored, given, strict=True):
         if device is not None:
             teacher.to(device)
-        mine = [pair for pair in pairs if pair.number == number]
         taken = iter(teacher.features(its_images))
-        features += itertools.islice(taken, len(mine))
-        scores += [None if pair.scores is None else next(taken) for pair in mine]
+        features += itertools.islice(taken, len(places))
+        scores += [None if place is None else next(taken) for place in places]
     return features, scores
 
 

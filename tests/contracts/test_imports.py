@@ -60,3 +60,15 @@ def test_evaluation_stands_on_errors_alone():
 
 def test_no_circle():
     TopologicalSorter(GRAPH).prepare()  # raises CycleError, which names it
+
+
+def test_at_most_nine_floors():
+    """A folder of the package, a file at its root and the folders of programs stand above all that they import."""
+    rooms = {module: ".".join(module.split(".")[: 2 if module.startswith("fgd_hooks") else 1]) for module in GRAPH}
+    below: dict[str, set[str]] = {room: set() for room in rooms.values()}
+    for module, others in GRAPH.items():
+        below[rooms[module]] |= {rooms[other] for other in others} - {rooms[module]}
+    floors: dict[str, int] = {}
+    for room in TopologicalSorter(below).static_order():
+        floors[room] = 1 + max((floors[other] for other in below[room]), default=0)
+    assert max(floors.values()) <= 9, floors
