@@ -206,7 +206,7 @@ def test_wrong_models_are_explained(data: Path, tmp_path: Path) -> None:
     broken.write_bytes(b"no weights")
     with pytest.raises(DataError, match=r"broken\.pt cannot be loaded"):
         evaluate(broken, data / "data.yaml")
-    with pytest.raises(DataError, match=r"student\.yaml describes a model without weights"):
+    with pytest.raises(DataError, match=r"quickstart\.yaml describes a model without weights"):
         evaluate(STUDENT, data / "data.yaml")
     with pytest.raises(DataError, match="got Linear"):
         evaluate(torch.nn.Linear(1, 1), data / "data.yaml")
