@@ -10,9 +10,14 @@ from pathlib import Path
 os.environ.setdefault("YOLO_AUTOINSTALL", "false")  # a test never installs anything
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors, which more threads only slow down
 
+import hypothesis
 import pytest
 import torch
 import yaml
+
+# no test depends on how fast a machine is, not even the drawing of its inputs
+hypothesis.settings.register_profile("fgd", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("fgd")
 
 torch.set_num_threads(1)
 
