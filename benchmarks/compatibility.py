@@ -32,7 +32,7 @@ from benchmarks.common import RESULTS, machine
 from fgd_hooks import Distiller
 from fgd_hooks.errors import PairingError
 from fgd_hooks.integrations.load_model import NamedModel, load_model
-from fgd_hooks.study.plan import write_json
+from fgd_hooks.utils.files import write_json
 
 FILE = RESULTS / "compatibility.json"
 PAGE = Path(__file__).parent.parent / "docs" / "compatibility.md"

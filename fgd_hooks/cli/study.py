@@ -193,7 +193,8 @@ def _list(plan: Plan) -> int:
 def _test(plan: Plan, device: str) -> None:
     """Measure every run on test that was not measured there before."""
     from fgd_hooks.study import worker
-    from fgd_hooks.study.plan import TEST, write_json
+    from fgd_hooks.study.plan import TEST
+    from fgd_hooks.utils.files import write_json
 
     tested = [run for run in plan.runs if "test" in run.prepared.counts]
     if not tested:

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fgd_hooks.errors import needs_extra
-from fgd_hooks.study.plan import read_json, read_result, write_json
+from fgd_hooks.study.plan import read_result
+from fgd_hooks.utils.files import read_json, write_json
 
 LEASE, GUARD = "running.json", ".lock"
 BEAT_SECONDS, OLD_SECONDS = 30.0, 600.0

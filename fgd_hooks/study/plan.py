@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from fgd_hooks.errors import StudyError
 from fgd_hooks.evaluation.arms import TAKEN
 from fgd_hooks.study.data import Prepared, find_file, prepare, read_source
 from fgd_hooks.study.spec import SETTINGS, ArmSpec, PretrainSpec, StudentSpec, StudySpec
+from fgd_hooks.utils.files import read_json
 
 logger = logging.getLogger("fgd_hooks")
 
@@ -113,27 +113,6 @@ def _settings(fgd: dict[str, Any]) -> dict[str, Any]:
     """All settings of a distillation: a default that a later version changes, or that is written out, counts, too."""
     found = config_to_dict(load_config(fgd))
     return found | {key: value for key, value in fgd.items() if found.get(key) == value}  # 0 is not written 0.0
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Write a file in one piece: a reader sees the old or the new content, never half of it."""
-    temporary = file.with_name(f".{file.name}.new")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())  # the new name must not survive a loss of power without its content
-    os.replace(temporary, file)
-
-
-def write_json(file: Path, content: object) -> None:
-    """Write a JSON file in one piece."""
-    write_whole(file, f"{json.dumps(content, indent=1)}\n".encode())
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The content of a JSON file that holds an object."""
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return content
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:

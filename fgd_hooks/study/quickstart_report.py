@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fgd_hooks.evaluation.reporting import Curve, Table, draw_curves, spread
-from fgd_hooks.study.plan import write_json
+from fgd_hooks.utils.files import write_json
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable

@@ -16,8 +16,9 @@ from typing import Any
 
 from fgd_hooks.errors import StudyError
 from fgd_hooks.evaluation.arms import TAKEN
-from fgd_hooks.study.plan import Plan, Run, write_json, write_whole
+from fgd_hooks.study.plan import Plan, Run
 from fgd_hooks.study.spec import StudySpec
+from fgd_hooks.utils.files import write_json, write_whole
 
 STUDY, RUNS, CURVES = "study.json", "runs.jsonl", "curves.csv.gz"
 

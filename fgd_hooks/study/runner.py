@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from fgd_hooks.errors import StudyError, needs_extra
 from fgd_hooks.study import worker
 from fgd_hooks.study.lease import LEASE, Lease
-from fgd_hooks.study.plan import Run, read_json, write_json
+from fgd_hooks.study.plan import Run
+from fgd_hooks.utils.files import read_json, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console

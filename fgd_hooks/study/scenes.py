@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageChops, ImageDraw
+
+from fgd_hooks.utils.files import write_json
 
 CLASSES = ("disc", "ring", "square", "grating", "triangle", "star")
 DISTRACTORS = ("hexagon", "ellipse", "cross", "bar", "striped_disc")
@@ -132,9 +133,7 @@ def make_dataset(out: Path, settings: SceneSettings | None = None) -> Path:
     names = "".join(f"  {i}: {name}\n" for i, name in enumerate(CLASSES))
     # No `path`: the splits are then found beside this file, from whatever folder a program is started.
     (out / "data.yaml").write_text(f"train: images/train\nval: images/val\nnames:\n{names}")
-    temporary = marker.with_suffix(".tmp")
-    temporary.write_text(json.dumps(wanted))
-    os.replace(temporary, marker)
+    write_json(marker, wanted)
     return out / "data.yaml"
 
 

@@ -19,8 +19,9 @@ from typing import Any
 
 from fgd_hooks.errors import StudyError
 from fgd_hooks.study.lease import Lease
-from fgd_hooks.study.plan import RESULT, read_json, write_json
+from fgd_hooks.study.plan import RESULT
 from fgd_hooks.study.spec import load_plugins
+from fgd_hooks.utils.files import read_json, write_json
 
 PROGRESS = "progress.json"
 CPUINFO = Path("/proc/cpuinfo")

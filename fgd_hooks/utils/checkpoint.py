@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fgd_hooks.errors import CheckpointError, needs_extra
+from fgd_hooks.utils.files import remove_leftovers, write_whole
 
 SUFFIX = ".fgd.safetensors"
 LAST_CHECKPOINT = f"last{SUFFIX}"
@@ -52,23 +52,7 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     data = data.replace(NO_DIGEST, hashlib.sha256(data).hexdigest().encode(), 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "xb") as file:  # with the permissions that the process's umask leaves
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def remove_leftovers(path: Path) -> None:
-    """Remove the temporary files of writes to ``path`` that were killed; for the one process that writes it."""
-    if path.parent.is_dir():
-        for leftover in [each for each in path.parent.iterdir() if each.name.startswith(f".{path.name}.")]:
-            leftover.unlink(missing_ok=True)
+    write_whole(path, data)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

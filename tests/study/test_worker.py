@@ -1,4 +1,4 @@
-"""What a run's process says of itself: its device, by name; and how it writes its files."""
+"""What a run's process says of itself: its device, by name."""
 
 import os
 import platform
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fgd_hooks.study import worker as machine
-from fgd_hooks.study.plan import read_json, write_json
+from fgd_hooks.utils.files import write_json
 
 
 def test_the_processor_by_its_name(tmp_path, monkeypatch):
@@ -27,14 +27,6 @@ def test_the_processor_by_its_name(tmp_path, monkeypatch):
 def test_a_gpu_by_its_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"GPU {number}")
     assert [machine.device_name(each) for each in ("1", "1,0", "cuda:2", "mps")] == ["GPU 1", "GPU 1", "GPU 2", "mps"]
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    file = tmp_path / "a.json"
-    write_json(file, {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(file, {"a": object()})
-    assert read_json(file) == {"a": 1}
 
 
 @pytest.fixture

@@ -13,14 +13,8 @@ from safetensors.torch import save
 
 from fgd_hooks.errors import CheckpointError
 from fgd_hooks.utils import checkpoint
-from fgd_hooks.utils.checkpoint import (
-    FORMAT,
-    LAST_CHECKPOINT,
-    adamw_state,
-    read_checkpoint,
-    remove_leftovers,
-    write_checkpoint,
-)
+from fgd_hooks.utils.checkpoint import FORMAT, LAST_CHECKPOINT, adamw_state, read_checkpoint, write_checkpoint
+from fgd_hooks.utils.files import remove_leftovers
 
 
 @pytest.fixture

@@ -24,8 +24,9 @@ from fgd_hooks.integrations.ultralytics.settings import record_settings
 from fgd_hooks.integrations.ultralytics.teacher import fast_dtype, with_score_taps
 from fgd_hooks.masks import PackedBoxes
 from fgd_hooks.taps.hooks import LiveHook, scrub
-from fgd_hooks.utils.checkpoint import LAST_CHECKPOINT, remove_leftovers
+from fgd_hooks.utils.checkpoint import LAST_CHECKPOINT
 from fgd_hooks.utils.distributed import is_distributed
+from fgd_hooks.utils.files import remove_leftovers
 from fgd_hooks.utils.modules import unwrap
 
 _SHORT = {"foreground": "fg", "background": "bg", "attention": "att", "global": "glob"}
