@@ -177,13 +177,13 @@ def distil(student: NamedModel, teacher: NamedModel) -> dict[str, Any]:
     images, boxes = batch(size[1:])
     config = {
         "balance": {"mode": "fixed"},
-        "schedule": {"stop_epoch": None},
+        "schedule": {"stop": None},
         "student_taps": student.taps,
         "teacher_taps": teacher.taps,
         "resize": True,
     }
     try:
-        distiller = Distiller(pupil, master, config, example=images[:1])
+        distiller = Distiller(pupil, teacher=master, config=config, example=images[:1])
     except PairingError as error:
         return {"result": "apart", "why": str(error).splitlines()[0]}
     # the weights of the preset make small gradients, which must not drown in the optimizer's eps

@@ -28,7 +28,7 @@ def arm(size: int, count: int, compiled: bool, distilled: bool) -> Callable[[], 
     optimizer = adamw(student)
     distiller = None
     if distilled:
-        distiller = Distiller(called, yolo("yolo26s"), {"schedule": {"stop_epoch": None}})
+        distiller = Distiller(called, teacher=yolo("yolo26s"), config={"schedule": {"stop": None}})
         optimizer.add_param_group({"params": distiller.parameters()})
 
     def step() -> None:

@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("fgd", nargs="*", help="settings of the distillation, key=value")
     options = parser.parse_intermixed_args()
     model = YOLO(options.student, task="detect")
-    callback = FGDCallback(options.teacher, {"loss": {"options": {"fused": False}}}, options.fgd)
+    callback = FGDCallback(options.teacher, config={"loss": {"options": {"fused": False}}}, overrides=options.fgd)
     tracer = Tracer(callback)
     model.add_callback("on_pretrain_routine_end", lambda trainer: torch.set_num_threads(1))
     callback.attach(model)

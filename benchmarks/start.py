@@ -56,13 +56,13 @@ def main() -> None:
         folder = Path(name)
         for count in [0, *options.images]:
             model = student(options, teacher, folder)
-            inherited = inherit_channels(model.model, teacher)
+            inherited = inherit_channels(model.model, teacher=teacher)
             chosen = files[:: max(1, len(files) // max(1, count))][:count]
             fitted, seconds = InitializationReport(), 0.0
             if chosen:
                 images = torch.stack([load_letterboxed(file, options.imgsz, options.imgsz)[0] for file in chosen])
                 begin = time.process_time()
-                fitted = fit_channels(model.model, teacher, images)
+                fitted = fit_channels(model.model, teacher=teacher, images=images)
                 seconds = time.process_time() - begin
             weights = folder / "start.pt"
             model.model.eval()

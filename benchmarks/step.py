@@ -151,7 +151,7 @@ class LoopStep:
         self.distiller: Distiller | None = None
         if teacher is not None:
             example = [torch.zeros(3, size, size)]
-            self.distiller = Distiller(student, teacher, config, example=example)
+            self.distiller = Distiller(student, teacher=teacher, config=config, example=example)
             self.optimizer.add_param_group({"params": self.distiller.parameters()})
 
     def __call__(self) -> None:

@@ -21,7 +21,7 @@ def bound(possible: Callable[[Any], object], expected: str) -> dict[str, Any]:
     """Metadata for a field: which values are possible (null, where the type allows it, in any case)."""
 
     def safe(found: Any) -> bool:
-        with contextlib.suppress(TypeError):  # a text has no size
+        with contextlib.suppress(TypeError, ValueError):  # a text has no size
             return bool(possible(found))
         return False
 
@@ -38,8 +38,27 @@ def one_of(*known: str) -> dict[str, Any]:
     return bound(lambda found: found in known, "one of " + ", ".join(map(repr, known)))
 
 
+def moment(value: float | str) -> tuple[float, bool]:
+    """A point of a training as a number, and whether that counts epochs ("12 epochs"); otherwise it is a fraction.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(value, str):
+        number, unit, rest = value.partition("epoch")
+        if not unit or rest not in ("", "s"):
+            raise ValueError(value)
+        return int(number), True
+    if not 0 <= value <= 1:
+        raise ValueError(value)
+    return float(value), False
+
+
 ABOVE_0 = bound(lambda found: math.isfinite(found) and found > 0, "a finite number above 0")
 FROM_0 = bound(lambda found: math.isfinite(found) and found >= 0, "a finite number, 0 or more")
+MOMENT = bound(
+    lambda found: moment(found)[0] >= 0, 'a fraction of the training from 0 to 1, or epochs as in "12 epochs"'
+)
 NAMES = bound(
     lambda found: isinstance(found, (list, tuple)) and found and all(isinstance(each, str) for each in found),
     "null or a list of at least one text",
@@ -50,7 +69,7 @@ INHERITED = one_of("auto", "channels", "fitted", "neck", "head", "neck+head", ""
 class Section:
     """Base of a configuration's dataclasses: values are checked whenever one is made, types when it is loaded."""
 
-    prefix = ""  # of the keys in messages; without annotation, so that it is no key itself
+    prefix = ""  # of the keys in messages
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):  # type: ignore[arg-type]
@@ -150,25 +169,28 @@ class ScheduleConfig(Section):
     Args:
         kind: "constant", "linear" or "cosine" decay from 1 to ``end``.
         warmup_steps: steps over which the weight rises from 0 at the start of the training.
-        start_epoch: first epoch that distils; below 1, a fraction of the training.
-        stop_epoch: first epoch that no longer distils; up to 1, a fraction of the training (without effect where the
-            loop does not say how many epochs there are); null, never.
+        start: where the distillation begins: a fraction of the training, 0 to 1, or epochs as in "12 epochs".
+        stop: where it ends, in the same way (a fraction is without effect where the loop does not say how many epochs
+            there are); null, never.
         end: the factor at the end of a decay.
     """
 
     prefix = "schedule."
+    renamed = (("start_epoch", "start"), ("stop_epoch", "stop"))  # old and new names
 
     kind: str = field(default="constant", metadata=one_of("constant", "linear", "cosine"))
     warmup_steps: int = field(default=0, metadata=at_least(0))
-    start_epoch: float = field(default=0.0, metadata=FROM_0)
-    stop_epoch: float | None = field(default=0.35, metadata=ABOVE_0)
+    start: int | float | str = field(default=0.0, metadata=MOMENT)
+    stop: int | float | str | None = field(default=0.35, metadata=MOMENT)
     end: float = field(default=0.0, metadata=bound(lambda found: 0 <= found <= 1, "a number from 0 to 1"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.stop_epoch is not None and (self.start_epoch < 1) == (self.stop_epoch <= 1):
-            expected = f"more than schedule.start_epoch ({self.start_epoch})"
-            self.require("stop_epoch", self.stop_epoch > self.start_epoch, expected)
+        start, stop = (None if each is None else moment(each) for each in (self.start, self.stop))
+        if stop is not None and start is not None:
+            self.require("stop", stop[0] > 0, "more than 0, or null")
+            if start[1] == stop[1]:
+                self.require("stop", stop[0] > start[0], f"more than schedule.start ({self.start})")
 
 
 @dataclass
@@ -218,7 +240,7 @@ class FGDConfig(Section):
     Args:
         weight: of the whole distillation; 0 switches it off, and the run is the stock run (but for an ``inherit`` other
             than "auto").
-        every: distil every so many steps; the teacher rests in the others.
+        interval: distil every so many steps; the teacher rests in the others.
         student_taps: where the student's levels are (names, globs); null: the maps that feed its head.
         teacher_taps: the same for the teacher.
         levels: names of the levels to use ("P3", ...) out of those that pair; null: all.
@@ -243,8 +265,10 @@ class FGDConfig(Section):
             more where epochs are short, so that drawing stays a small share of the training's time.
     """
 
+    renamed = (("every", "interval"),)  # old and new name
+
     weight: float = field(default=1.0, metadata=FROM_0)
-    every: int = field(default=1, metadata=at_least(1, " steps"))
+    interval: int = field(default=1, metadata=at_least(1, " steps"))
     student_taps: list[str] | None = field(default=None, metadata=NAMES)
     teacher_taps: list[str] | None = field(default=None, metadata=NAMES)
     levels: list[str] | None = field(default=None, metadata=NAMES)

@@ -44,7 +44,7 @@ class Distilled:
         weight: what the loss is multiplied by in this step, the configured weight times the schedule; 0 when the step
             does not distil.
         measured: whether this step measured the balance, so that the student learned from the task alone.
-        resting: whether the step does not distil because of ``every``.
+        resting: whether the step does not distil because of ``interval``.
     """
 
     loss: Tensor
@@ -61,7 +61,7 @@ class Distiller(nn.Module):
 
     ::
 
-        distiller = Distiller(student, teacher)
+        distiller = Distiller(student, teacher=teacher)
         optimizer.add_param_group({"params": distiller.parameters()})
         for images, targets in loader:
             task_loss = criterion(student(images), targets)
@@ -93,9 +93,9 @@ class Distiller(nn.Module):
     def __init__(
         self,
         student: nn.Module,
+        *,
         teacher: nn.Module | Sequence[nn.Module],
         config: FGDConfig | Mapping[str, Any] | str | Path | None = None,
-        *,
         example: Any = None,
     ) -> None:
         super().__init__()

@@ -98,7 +98,7 @@ def plan_pairs(
         chosen = share.levels or config.levels
         found.append(FoundLevels(mine, theirs, chosen))
         scores = _score_taps(teacher, theirs, config)
-        for pair in _chosen(pair_levels(mine, theirs), chosen, config.resize):
+        for pair in _chosen(pair_levels(mine, teacher=theirs), chosen, config.resize):
             for position, (name, loss) in enumerate(zip(names, losses, strict=True)):
                 planned.append(
                     DistillationPair(
@@ -196,7 +196,7 @@ def build_loss(config: LossConfig, channels: int) -> FeatureLoss:
         raise ConfigError(f"loss.options: {error}") from error
 
 
-def pair_levels(student: Sequence[Level], teacher: Sequence[Level]) -> list[LevelPair]:
+def pair_levels(student: Sequence[Level], *, teacher: Sequence[Level]) -> list[LevelPair]:
     """Pair levels of equal stride, finest first; levels of one model alone are left out, and that is logged.
 
     Several levels of one stride (say, a backbone's and a neck's) pair in their order.

@@ -1,13 +1,12 @@
-"""The weight of the distillation over time: warm-up, constant, linear or cosine, start and stop epoch."""
+"""The weight of the distillation over time: warm-up, constant, linear or cosine, start and stop."""
 
 from __future__ import annotations
 
 import logging
 import math
-import typing
 from dataclasses import dataclass
 
-from fgd_hooks.config import FGDConfig, ScheduleConfig
+from fgd_hooks.config import FGDConfig, ScheduleConfig, moment
 
 logger = logging.getLogger("fgd_hooks")
 
@@ -28,16 +27,17 @@ class Clock:
 
 
 def next_step(config: FGDConfig, clock: Clock) -> tuple[float, bool]:
-    """Count a training step; what its distillation loss is multiplied by, and whether it rests because of ``every``."""
-    if clock.step == 0 and clock.epochs is None and 0 < (config.schedule.stop_epoch or 0) < 1:
+    """Count a training step; what its distillation loss is multiplied by, and whether it rests by ``interval``."""
+    stop = config.schedule.stop
+    if clock.step == 0 and clock.epochs is None and stop not in (None, 1) and not moment(stop)[1]:
         logger.warning(
-            "schedule.stop_epoch=%s is a fraction of the training: it takes effect once distiller.set_epoch(epoch, "
-            "epochs) says how long the training is.",
-            config.schedule.stop_epoch,
+            "schedule.stop=%s is a fraction of the training: it takes effect once distiller.set_epoch(epoch, epochs) "
+            "says how long the training is.",
+            stop,
         )
     weight = config.weight * schedule_factor(config.schedule, clock)
     clock.step += 1
-    return weight, weight != 0 and (clock.step - 1) % config.every != 0
+    return weight, weight != 0 and (clock.step - 1) % config.interval != 0
 
 
 def warn_if_idle(config: FGDConfig, epochs: int) -> None:
@@ -45,29 +45,26 @@ def warn_if_idle(config: FGDConfig, epochs: int) -> None:
     schedule, step = config.schedule, config.schedule.warmup_steps
     if config.weight and not any(schedule_factor(schedule, Clock(step, each, epochs)) for each in range(epochs)):
         logger.warning(
-            "No epoch of %d distils with schedule.start_epoch=%s and stop_epoch=%s.",
-            epochs,
-            schedule.start_epoch,
-            schedule.stop_epoch,
+            "No epoch of %d distils with schedule.start=%s and schedule.stop=%s.", epochs, schedule.start, schedule.stop
         )
 
 
 def schedule_factor(config: ScheduleConfig, clock: Clock) -> float:
     """The factor in [0, 1] by which the distillation loss is multiplied now.
 
-    It is 0 before ``start_epoch`` and from ``stop_epoch`` on. In between it goes from 1 to ``end`` as ``kind`` says
+    It is 0 before ``start`` and from ``stop`` on. In between it goes from 1 to ``end`` as ``kind`` says
     (by epoch), and over the first ``warmup_steps`` steps of the training it rises linearly.
 
-    A ``stop_epoch`` that is a fraction has no effect while the number of epochs is not known, and is one epoch or more.
+    A ``stop`` that is a fraction has no effect while the number of epochs is not known, and is one epoch or more.
     """
-    start = _epoch(config.start_epoch, clock)
+    start = _epoch(config.start, clock)
     if start is None:
         raise ValueError(
-            f"schedule.start_epoch is the fraction {config.start_epoch} of the training, whose number of epochs is not "
-            "known: call distiller.set_epoch(epoch, epochs) at the start of each epoch, or give a number of epochs."
+            f"schedule.start is the fraction {config.start} of the training, whose number of epochs is not known: call "
+            'distiller.set_epoch(epoch, epochs) at the start of each epoch, or give epochs, as in "12 epochs".'
         )
-    whole = config.stop_epoch is None or config.stop_epoch == 1
-    end = clock.epochs if whole else _epoch(typing.cast(float, config.stop_epoch), clock)
+    whole = config.stop is None or config.stop == 1
+    end = clock.epochs if config.stop is None else _epoch(config.stop, clock)
     if end == 0:
         end = 1  # a small fraction of a short training: rounded to nothing, it would distil nothing
     if clock.epoch < start or (end is not None and not whole and clock.epoch >= end):
@@ -77,7 +74,7 @@ def schedule_factor(config: ScheduleConfig, clock: Clock) -> float:
         if end is None:
             raise ValueError(
                 f"The schedule {config.kind!r} needs to know how many epochs there are: call "
-                "distiller.set_epoch(epoch, epochs) at the start of each epoch, or set schedule.stop_epoch."
+                "distiller.set_epoch(epoch, epochs) at the start of each epoch, or set schedule.stop."
             )
         progress = (clock.epoch - start) / max(1, end - start)
         shape = 1 - progress if config.kind == "linear" else (1 + math.cos(math.pi * progress)) / 2
@@ -87,8 +84,9 @@ def schedule_factor(config: ScheduleConfig, clock: Clock) -> float:
     return factor
 
 
-def _epoch(value: float, clock: Clock) -> int | None:
-    """An epoch given as a number of epochs, or as a fraction of the training; None while that length is not known."""
-    if 0 < value < 1:
-        return None if clock.epochs is None else round(value * clock.epochs)
-    return int(value)
+def _epoch(value: float | str, clock: Clock) -> int | None:
+    """A point of the training as an epoch; None for a fraction of a training whose length is not known."""
+    number, counts_epochs = moment(value)
+    if counts_epochs or number == 0:
+        return int(number)
+    return None if clock.epochs is None else round(number * clock.epochs)

@@ -29,7 +29,7 @@ def test_overrides_win_over_the_file(tmp_path):
 
 
 def test_written_and_read_again(tmp_path):
-    config = load_config(None, {"levels": ["P3", "P4"], "schedule.stop_epoch": 0.5})
+    config = load_config(None, {"levels": ["P3", "P4"], "schedule.stop": 0.5})
     save_config(config, tmp_path / "fgd.yaml")
     assert load_config(tmp_path / "fgd.yaml") == config
 
@@ -46,7 +46,13 @@ def test_written_and_read_again(tmp_path):
         ("balance: {ratio: .nan}", ["balance.ratio", "nan"]),
         ("balance: {mode: gradients}", ["balance.mode", "'gradient'"]),
         ("balance: {interval: 2.5}", ["balance.interval", "2.5"]),
-        ("schedule: {start_epoch: 5, stop_epoch: 3}", ["schedule.stop_epoch", "3"]),
+        ("schedule: {start: 5 epochs, stop: 3epochs}", ["schedule.stop", "3epochs"]),
+        ("schedule: {stop: 35}", ["schedule.stop is 35", "fraction", "12 epochs"]),
+        ("schedule: {stop: 35.0}", ["schedule.stop is 35.0", "fraction"]),
+        ("schedule: {start: 3 weeks}", ["schedule.start is '3 weeks'", "12 epochs"]),
+        ("schedule: {stop: 0}", ["schedule.stop is 0", "more than 0"]),
+        ("schedule: {stop_epoch: 0.5}", ["schedule.stop_epoch is called schedule.stop now"]),
+        ("every: 2", ["every is called interval now"]),
         ("levels: P3", ["levels", "P3"]),
         ("levels: []", ["levels"]),
         ("inherit: neck,head", ["inherit", "neck,head", "neck+head"]),
@@ -102,7 +108,7 @@ def test_numbers_in_scientific_notation(tmp_path):
 
 def test_none_and_null_in_overrides():
     for text in ("None", "none", "null"):
-        assert load_config(None, [f"schedule.stop_epoch={text}"]).schedule.stop_epoch is None
+        assert load_config(None, [f"schedule.stop={text}"]).schedule.stop is None
 
 
 def test_a_key_given_twice():
@@ -111,7 +117,7 @@ def test_a_key_given_twice():
 
 
 def test_types_are_checked_in_python_and_after_a_change():
-    for wrong in ({"every": 1.5}, {"levels": "P3"}, {"weight": "much"}, {"balance": {"ratio": 1}}):
+    for wrong in ({"interval": 1.5}, {"levels": "P3"}, {"weight": "much"}, {"balance": {"ratio": 1}}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             FGDConfig(**wrong)
     config = FGDConfig()
@@ -129,7 +135,7 @@ def test_a_loaded_configuration_is_a_copy():
 
 def test_known_keys_cover_every_field():
     keys = known_keys(FGDConfig)
-    assert {"weight", "balance", "balance.ratio", "schedule.stop_epoch", "teacher.dtype"} <= set(keys)
+    assert {"weight", "balance", "balance.ratio", "schedule.stop", "teacher.dtype"} <= set(keys)
     assert len([k for k in keys if "." not in k]) == len(dataclasses.fields(FGDConfig))
 
 
@@ -158,7 +164,7 @@ LAUGHS = "\n".join(
         " " * 300_000,
         "loss: &a {options: *a}",
         "weight: " + "9" * 400,
-        "every: 0x" + "f" * 5000,
+        "interval: 0x" + "f" * 5000,
         "weight: !!python/object/apply:os.mkdir ['exploded']",
         "loss: {options: {1: 2}}",
         "weight: \x00",
@@ -195,7 +201,7 @@ def test_endless_and_huge_values_in_python():
         {"loss": {"options": {"a": ring}}},
         {"loss": {"options": {"a": tree}}},
         {"weight": 10**5000},
-        {"every": -(10**400)},
+        {"interval": -(10**400)},
         {10**5000: 1},
         {"loss.options." + "a." * 5000 + "b": 1},
         {"loss": {"options": {1: 2}}},

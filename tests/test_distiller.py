@@ -34,7 +34,7 @@ def gradients(model):
 
 def test_loss_equals_the_definition_on_the_captured_features(models):
     student, teacher = models
-    distiller = Distiller(student, teacher, FIXED)
+    distiller = Distiller(student, teacher=teacher, config=FIXED)
     images, boxes = batch()
     seen = {}
     for name, model in (("s", student), ("t", teacher)):
@@ -58,7 +58,7 @@ def test_loss_equals_the_definition_on_the_captured_features(models):
 
 def test_gradient_reaches_student_and_adapters_and_not_the_teacher(models):
     student, teacher = models
-    distiller = Distiller(student, teacher, FIXED)
+    distiller = Distiller(student, teacher=teacher, config=FIXED)
     images, boxes = batch()
     student(images)
     distiller(images, boxes).loss.backward()
@@ -75,7 +75,7 @@ def test_the_students_gradient_is_the_tasks_plus_the_distillations(models):
     alone = gradients(student)
     student.zero_grad()
     for weight in (1.0, 3.0):
-        with Distiller(student, teacher, {**FIXED, "weight": weight}) as distiller:
+        with Distiller(student, teacher=teacher, config={**FIXED, "weight": weight}) as distiller:
             torch.manual_seed(5)
             for adapter in distiller.adapters.values():
                 nn.init.dirac_(adapter.weight) if isinstance(adapter, nn.Conv2d) else None
@@ -99,7 +99,7 @@ def test_the_weight_scales_the_gradient(models):
     found = []
     for weight in (1.0, 3.0):
         torch.manual_seed(7)
-        with Distiller(student, teacher, {**FIXED, "weight": weight}) as distiller:
+        with Distiller(student, teacher=teacher, config={**FIXED, "weight": weight}) as distiller:
             student(images)
             distiller(images, boxes).loss.backward()
         found.append(student.stem[0].weight.grad.clone())
@@ -109,7 +109,7 @@ def test_the_weight_scales_the_gradient(models):
 
 def test_balance_reaches_the_target_ratio_at_the_feature(models):
     student, teacher = models
-    distiller = Distiller(student, teacher, {"balance": {"ratio": 0.5, "momentum": 0.0}})
+    distiller = Distiller(student, teacher=teacher, config={"balance": {"ratio": 0.5, "momentum": 0.0}})
     images, boxes = batch()
     for _ in range(3):  # two steps measure, the third distils
         loss = task_loss(student, images)
@@ -132,7 +132,7 @@ def test_an_image_on_which_the_teacher_runs_wild_does_not_outweigh_the_others():
     images, boxes = batch(count=5)
     norms = {}
     for limit in (None, 2.0):
-        with Distiller(student, teacher, {"balance": {"image_limit": limit}}) as distiller:
+        with Distiller(student, teacher=teacher, config={"balance": {"image_limit": limit}}) as distiller:
             for _ in range(3):  # two steps measure, the third distils
                 loss = task_loss(student, images)
                 features = list(distiller.taps._features.values())
@@ -148,7 +148,7 @@ def test_an_image_on_which_the_teacher_runs_wild_does_not_outweigh_the_others():
 
 def test_measured_task_norm_is_the_pure_task_gradient(models):
     student, teacher = models
-    distiller = Distiller(student, teacher, {"balance": {"ratio": 1.0}})
+    distiller = Distiller(student, teacher=teacher, config={"balance": {"ratio": 1.0}})
     images, boxes = batch()
     seen = []
     distiller.balance.update = lambda task, distillation: seen.append((task, distillation))
@@ -169,7 +169,7 @@ def test_a_measuring_step_gives_the_student_the_task_alone(models):
     task_loss(student, images).backward()
     alone = gradients(student)
     student.zero_grad()
-    distiller = Distiller(student, teacher)
+    distiller = Distiller(student, teacher=teacher)
     loss = task_loss(student, images)
     result = distiller(images, boxes)
     assert result.measured
@@ -181,7 +181,7 @@ def test_a_measuring_step_gives_the_student_the_task_alone(models):
 
 def test_holds_what_is_trained_and_nothing_else(models):
     student, teacher = models
-    distiller = Distiller(student, teacher)
+    distiller = Distiller(student, teacher=teacher)
     theirs = {id(p) for model in models for p in model.parameters()}
     assert not theirs & {id(p) for p in distiller.parameters()}
     assert all(key.startswith(("adapters.", "losses.")) for key in distiller.state_dict())
@@ -192,7 +192,7 @@ def test_holds_what_is_trained_and_nothing_else(models):
 
 def test_the_teacher_stays_frozen_and_in_eval_mode(models):
     student, teacher = models
-    distiller = Distiller(student, teacher)
+    distiller = Distiller(student, teacher=teacher)
     before = copy.deepcopy(teacher.state_dict())
     images, boxes = batch()
     teacher.train()
@@ -207,7 +207,7 @@ def test_the_teacher_stops_before_its_head(models):
     student, teacher = models
     calls = []
     teacher.head.register_forward_hook(lambda *_: calls.append(1))
-    distiller = Distiller(student, teacher)
+    distiller = Distiller(student, teacher=teacher)
     calls.clear()
     images, boxes = batch()
     student(images)
@@ -223,7 +223,7 @@ def test_detach_leaves_both_models_as_found(models):
     modes = [m.training for m in teacher.modules()]
     flags = [p.requires_grad for p in teacher.parameters()]
     for _ in range(2):
-        with pytest.raises(ZeroDivisionError), Distiller(student, teacher):
+        with pytest.raises(ZeroDivisionError), Distiller(student, teacher=teacher):
             raise ZeroDivisionError
         assert [m.training for m in teacher.modules()] == modes
         assert [p.requires_grad for p in teacher.parameters()] == flags
@@ -234,7 +234,7 @@ def test_detach_leaves_both_models_as_found(models):
 @pytest.mark.parametrize("option", ["alpha", "beta", "gamma", "lambda_"])
 def test_a_part_can_be_switched_off(models, option):
     student, teacher = models
-    distiller = Distiller(student, teacher, {**FIXED, "loss": {"options": {option: 0.0}}})
+    distiller = Distiller(student, teacher=teacher, config={**FIXED, "loss": {"options": {option: 0.0}}})
     images, boxes = batch()
     student(images)
     result = distiller(images, boxes)
@@ -246,7 +246,7 @@ def test_a_part_can_be_switched_off(models, option):
 
 def test_a_student_under_autocast(models):
     student, teacher = models
-    distiller = Distiller(student, teacher, FIXED)
+    distiller = Distiller(student, teacher=teacher, config=FIXED)
     images, boxes = batch()
     with torch.autocast("cpu", torch.bfloat16):
         loss = task_loss(student, images)
@@ -263,7 +263,7 @@ def test_a_list_of_images_needs_the_canvas(models):
         def forward(self, images):
             return super().forward(torch.stack(list(images)))
 
-    distiller = Distiller(student, trained(TakesList()), FIXED)
+    distiller = Distiller(student, teacher=trained(TakesList()), config=FIXED)
     images, boxes = batch()
     student(images)
     with pytest.raises(ValueError, match=r"canvas=\(h, w\)"):
@@ -274,7 +274,7 @@ def test_a_list_of_images_needs_the_canvas(models):
 
 def test_validation_does_not_count(models):
     student, teacher = models
-    distiller = Distiller(student, teacher, FIXED)
+    distiller = Distiller(student, teacher=teacher, config=FIXED)
     images, boxes = batch()
     with torch.no_grad():
         student(images)
@@ -284,7 +284,7 @@ def test_validation_does_not_count(models):
 
 def test_levels_that_are_never_measured_are_said(models, caplog):
     student, teacher = models
-    distiller = Distiller(student, teacher, {"balance": {"interval": 2}})
+    distiller = Distiller(student, teacher=teacher, config={"balance": {"interval": 2}})
     images, boxes = batch()
     for _ in range(4):
         loss = task_loss(student, images)
@@ -294,14 +294,14 @@ def test_levels_that_are_never_measured_are_said(models, caplog):
 
 
 def test_a_schedule_without_any_epoch_is_said(models, caplog):
-    distiller = Distiller(*models, {"schedule": {"start_epoch": 5, "stop_epoch": 0.7}})
+    distiller = Distiller(models[0], teacher=models[1], config={"schedule": {"start": "5 epochs", "stop": 0.7}})
     distiller.set_epoch(0, 6)
     assert "No epoch of 6 distils" in caplog.text
 
 
 def test_the_teacher_is_freed_with_the_distiller(models):
     student, teacher = models
-    distiller = Distiller(student, teacher)
+    distiller = Distiller(student, teacher=teacher)
     images, boxes = batch()
     student(images)
     distiller(images, boxes)
@@ -316,7 +316,7 @@ def test_the_teacher_is_freed_with_the_distiller(models):
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_copy_of_the_student_is_clean(models, how):
     student, teacher = models
-    Distiller(student, teacher)
+    Distiller(student, teacher=teacher)
     images, _ = batch()
     student(images)
     twin = copy.deepcopy(student) if how == "deepcopy" else pickle.loads(pickle.dumps(student))
@@ -328,7 +328,7 @@ def test_a_copy_of_the_student_is_clean(models, how):
 
 def test_other_sizes_from_batch_to_batch(models):
     student, teacher = models
-    distiller = Distiller(student, teacher, FIXED)
+    distiller = Distiller(student, teacher=teacher, config=FIXED)
     for size, count in ((64, 2), (96, 1), (128, 3)):
         images, boxes = batch(size=size, count=count)
         student(images)
@@ -337,7 +337,7 @@ def test_other_sizes_from_batch_to_batch(models):
 
 def test_images_without_boxes(models):
     student, teacher = models
-    distiller = Distiller(student, teacher, FIXED)
+    distiller = Distiller(student, teacher=teacher, config=FIXED)
     images, _ = batch()
     student(images)
     result = distiller(images, [torch.zeros(0, 4)] * 2)
@@ -348,7 +348,7 @@ def test_images_without_boxes(models):
 
 def test_weight_zero_distils_nothing(models):
     student, teacher = models
-    distiller = Distiller(student, teacher, {"weight": 0.0})
+    distiller = Distiller(student, teacher=teacher, config={"weight": 0.0})
     images, boxes = batch()
     student(images)
     result = distiller(images, boxes)
@@ -359,7 +359,9 @@ def test_weight_zero_distils_nothing(models):
 
 def test_the_schedule_is_applied(models):
     student, teacher = models
-    distiller = Distiller(student, teacher, {**FIXED, "schedule": {"stop_epoch": 2, "warmup_steps": 2}})
+    distiller = Distiller(
+        student, teacher=teacher, config={**FIXED, "schedule": {"stop": "2 epochs", "warmup_steps": 2}}
+    )
     images, boxes = batch()
     losses = []
     for epoch in (0, 0, 2):
@@ -372,7 +374,7 @@ def test_the_schedule_is_applied(models):
 
 def test_an_epoch_without_a_total_keeps_the_one_that_is_known(models):
     student, teacher = models
-    distiller = Distiller(student, teacher, FIXED)  # distils in the first 35 %
+    distiller = Distiller(student, teacher=teacher, config=FIXED)  # distils in the first 35 %
     images, boxes = batch()
     distiller.set_epoch(0, 10)
     distiller.set_epoch(9)
@@ -384,7 +386,7 @@ def test_every_other_step_rests(models):
     student, teacher = models
     calls = []
     teacher.stem.register_forward_hook(lambda *_: calls.append(1))
-    distiller = Distiller(student, teacher, {**FIXED, "every": 2})
+    distiller = Distiller(student, teacher=teacher, config={**FIXED, "interval": 2})
     calls.clear()
     images, boxes = batch()
     results = []
@@ -398,14 +400,16 @@ def test_every_other_step_rests(models):
 
 def test_levels_can_be_chosen(models):
     student, teacher = models
-    assert Distiller(student, teacher, {"levels": ["P4", "P3"]}).level_names == ["P3", "P4"]
+    assert Distiller(student, teacher=teacher, config={"levels": ["P4", "P3"]}).level_names == ["P3", "P4"]
     with pytest.raises(ConfigError, match=r"'P7'.*P3, P4, P5"):
-        Distiller(student, teacher, {"levels": ["P7"]})
+        Distiller(student, teacher=teacher, config={"levels": ["P7"]})
 
 
 def test_named_taps(models):
     student, teacher = models
-    distiller = Distiller(student, teacher, {"student_taps": ["neck.out.*"], "teacher_taps": ["neck"], **FIXED})
+    distiller = Distiller(
+        student, teacher=teacher, config={"student_taps": ["neck.out.*"], "teacher_taps": ["neck"], **FIXED}
+    )
     images, boxes = batch()
     student(images)
     assert distiller(images, boxes).loss > 0
@@ -420,8 +424,8 @@ def test_resize_only_when_asked():
 
     student, teacher = TinyDetector(), trained(Odd())
     with pytest.raises(ConfigError, match="resize=true"):
-        Distiller(student, teacher, {"levels": ["P3"]})
-    distiller = Distiller(student, teacher, {"levels": ["P3"], "resize": True, **FIXED})
+        Distiller(student, teacher=teacher, config={"levels": ["P3"]})
+    distiller = Distiller(student, teacher=teacher, config={"levels": ["P3"], "resize": True, **FIXED})
     images, boxes = batch()
     student(images)
     assert distiller(images, boxes).loss > 0
@@ -429,7 +433,7 @@ def test_resize_only_when_asked():
 
 def test_its_text_says_what_it_does(models):
     student, teacher = models
-    distiller = Distiller(student, teacher, {"levels": ["P3", "P4"], "losses": ["fgd", "cwd"]})
+    distiller = Distiller(student, teacher=teacher, config={"levels": ["P3", "P4"], "losses": ["fgd", "cwd"]})
     assert str(distiller).splitlines() == [
         "Distiller(",
         "  TinyDetector <- TinyDetector",
@@ -442,7 +446,7 @@ def test_its_text_says_what_it_does(models):
         ")",
     ]
     assert "(distiller): Distiller(\n    TinyDetector <- TinyDetector\n" in str(nn.ModuleDict({"distiller": distiller}))
-    alone = Distiller(TinyDetector(), teacher)
+    alone = Distiller(TinyDetector(), teacher=teacher)
     gc.collect()
     assert "(deleted) <- TinyDetector" in str(alone)
 
@@ -452,16 +456,16 @@ def test_its_text_says_what_it_does(models):
 
 def test_student_and_teacher_are_one(models):
     with pytest.raises(TeacherError, match="same object"):
-        Distiller(models[0], models[0])
+        Distiller(models[0], teacher=models[0])
     with pytest.raises(TeacherError, match="same object"):
-        Distiller(nn.DataParallel(models[0]), models[0])
+        Distiller(nn.DataParallel(models[0]), teacher=models[0])
 
 
 def test_shared_weights(models):
     student, teacher = models
     teacher.stem = student.stem
     with pytest.raises(TeacherError, match=r"share 4 parameter.*stem\.0\.weight"):
-        Distiller(student, teacher)
+        Distiller(student, teacher=teacher)
 
 
 def test_nan_in_the_teachers_weights(models):
@@ -469,7 +473,7 @@ def test_nan_in_the_teachers_weights(models):
     with torch.no_grad():
         teacher.neck.out[1].weight[0, 0] = float("nan")
     with pytest.raises(TeacherError, match=r"neck\.out\.1\.weight holds 9 NaN"):
-        Distiller(student, teacher)
+        Distiller(student, teacher=teacher)
 
 
 def test_a_teacher_that_is_refused_leaves_the_others_as_they_were(models):
@@ -479,7 +483,7 @@ def test_a_teacher_that_is_refused_leaves_the_others_as_they_were(models):
         damaged.neck.out[1].weight[0, 0] = float("nan")
     teacher.train()
     with pytest.raises(TeacherError, match="NaN"):
-        Distiller(student, [teacher, damaged])
+        Distiller(student, teacher=[teacher, damaged])
     assert all(parameter.requires_grad for parameter in teacher.parameters())
     assert teacher.training
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in [*teacher.modules(), *student.modules()])
@@ -490,28 +494,28 @@ def test_copies_that_share_their_hooks(models):
     replicated = nn.DataParallel(student)
     replicated.device_ids = [0, 1]  # as on a machine with two
     with pytest.raises(ValueError, match="DataParallel over 2 devices.*DistributedDataParallel"):
-        Distiller(replicated, teacher)
+        Distiller(replicated, teacher=teacher)
 
 
 def test_no_common_level():
     with pytest.raises(PairingError, match="stride 64"):
-        Distiller(TinyDetector((8, 8), first=4), TinyDetector((8, 8), first=32))
+        Distiller(TinyDetector((8, 8), first=4), teacher=TinyDetector((8, 8), first=32))
 
 
 def test_a_tap_with_a_typo(models):
     with pytest.raises(TapError, match=r"nek\.out\.0.*neck\.out\.0"):
-        Distiller(*models, {"student_taps": ["nek.out.0"]})
+        Distiller(models[0], teacher=models[1], config={"student_taps": ["nek.out.0"]})
 
 
 def test_the_student_did_not_run(models):
-    distiller = Distiller(*models)
+    distiller = Distiller(models[0], teacher=models[1])
     with pytest.raises(TapError, match="did not fire"):
         distiller(*batch())
 
 
 def test_a_student_feature_without_gradient(models):
     student, teacher = models
-    distiller = Distiller(student, teacher)
+    distiller = Distiller(student, teacher=teacher)
     for parameter in student.parameters():
         parameter.requires_grad_(False)
     images, boxes = batch()
@@ -522,7 +526,7 @@ def test_a_student_feature_without_gradient(models):
 
 def test_boxes_in_the_wrong_form(models):
     student, teacher = models
-    distiller = Distiller(student, teacher)
+    distiller = Distiller(student, teacher=teacher)
     images, boxes = batch()
     for wrong, words in (
         ([b / 64 for b in boxes], "normalised"),
@@ -538,19 +542,19 @@ def test_boxes_in_the_wrong_form(models):
 
 def test_options_of_the_loss(models):
     with pytest.raises(ConfigError, match="alhpa"):
-        Distiller(*models, {"loss": {"options": {"alhpa": 1.0}}})
+        Distiller(models[0], teacher=models[1], config={"loss": {"options": {"alhpa": 1.0}}})
     with pytest.raises(ConfigError, match="temperature"):
-        Distiller(*models, {"loss": {"options": {"temperature": -1.0}}})
+        Distiller(models[0], teacher=models[1], config={"loss": {"options": {"temperature": -1.0}}})
     with pytest.raises(ConfigError, match="anchor_based"):
-        Distiller(*models, {"loss": {"preset": "anchor_bsed"}})
+        Distiller(models[0], teacher=models[1], config={"loss": {"preset": "anchor_bsed"}})
     with pytest.raises(ConfigError, match="imitation"):
-        Distiller(*models, {"loss": {"name": "imitatoin"}})
+        Distiller(models[0], teacher=models[1], config={"loss": {"name": "imitatoin"}})
     with pytest.raises(ConfigError, match="conv1x1"):
-        Distiller(*models, {"adapter": "conv1"})
+        Distiller(models[0], teacher=models[1], config={"adapter": "conv1"})
 
 
 def test_presets_reach_the_loss(models):
-    distiller = Distiller(*models, {"loss": {"preset": "fcos", "options": {"gamma": 0.25}}})
+    distiller = Distiller(models[0], teacher=models[1], config={"loss": {"preset": "fcos", "options": {"gamma": 0.25}}})
     loss = distiller.losses["P3"]
     assert (loss.temperature, loss.alpha, loss.beta, loss.gamma, loss.lambda_) == (0.8, 1.6e-3, 8e-4, 0.25, 8e-6)
 
@@ -569,7 +573,7 @@ def test_a_registered_loss_of_ones_own(models):
 
     try:
         student, teacher = models
-        distiller = Distiller(student, teacher, {"loss": {"name": "test_mean"}, **FIXED})
+        distiller = Distiller(student, teacher=teacher, config={"loss": {"name": "test_mean"}, **FIXED})
         images, boxes = batch()
         student(images)
         assert list(distiller(images, boxes).parts) == ["mean"]
@@ -579,7 +583,9 @@ def test_a_registered_loss_of_ones_own(models):
 
 def test_imitation_is_one_word_away(models):
     student, teacher = models
-    distiller = Distiller(student, teacher, {"loss": {"name": "imitation", "options": {"mode": "split"}}})
+    distiller = Distiller(
+        student, teacher=teacher, config={"loss": {"name": "imitation", "options": {"mode": "split"}}}
+    )
     images, boxes = batch()
     student(images)
     assert set(distiller(images, boxes).parts) == {"foreground", "background"}
@@ -590,7 +596,7 @@ def test_imitation_is_one_word_away(models):
 
 def test_a_loss_that_is_not_finite_is_left_out(models):
     student, teacher = models
-    distiller = Distiller(student, teacher, {**FIXED, "max_bad_steps": 3})
+    distiller = Distiller(student, teacher=teacher, config={**FIXED, "max_bad_steps": 3})
     images, boxes = batch()
     task_loss(student, images).backward()
     alone = gradients(student)
@@ -615,7 +621,7 @@ def test_a_loss_that_is_not_finite_is_left_out(models):
 
 def test_one_bad_step_of_two_before_a_backward_pass(models):
     student, teacher = models
-    distiller = Distiller(student, teacher, FIXED)
+    distiller = Distiller(student, teacher=teacher, config=FIXED)
     images, boxes = batch()
     poison = torch.full_like(images, float("nan"))
     student(images)
@@ -633,7 +639,7 @@ def test_one_bad_step_of_two_before_a_backward_pass(models):
 
 def test_parts_of_a_bad_step_are_zero(models):
     student, teacher = models
-    distiller = Distiller(student, teacher, FIXED)
+    distiller = Distiller(student, teacher=teacher, config=FIXED)
     images, boxes = batch()
     student(images)
     result = distiller(torch.full_like(images, float("nan")), boxes)
@@ -654,7 +660,7 @@ def test_training_state_restores_everything(models):
             (task_loss(student, images) + distiller(images, boxes).loss).backward()
             optimizer.step()
 
-    first = Distiller(student, teacher)
+    first = Distiller(student, teacher=teacher)
     train(first, 4)
     state = pickle.loads(pickle.dumps(first.training_state()))
     at_that_time = copy.deepcopy(student.state_dict())
@@ -662,7 +668,7 @@ def test_training_state_restores_everything(models):
     expected = copy.deepcopy(student.state_dict())
     first.detach()
     student.load_state_dict(at_that_time)
-    second = Distiller(student, teacher)
+    second = Distiller(student, teacher=teacher)
     second.load_training_state(state)
     train(second, 3)
     assert all(torch.equal(value, expected[key]) for key, value in student.state_dict().items())
@@ -671,9 +677,9 @@ def test_training_state_restores_everything(models):
 
 def test_a_state_of_another_architecture_is_refused_and_changes_nothing(models):
     student, teacher = models
-    distiller = Distiller(student, teacher)
+    distiller = Distiller(student, teacher=teacher)
     before = copy.deepcopy(distiller.training_state())
-    other = Distiller(TinyDetector((8, 12, 20)), teacher).training_state()
+    other = Distiller(TinyDetector((8, 12, 20)), teacher=teacher).training_state()
     with pytest.raises(ValueError, match=r"levels is .*20 channels"):
         distiller.load_training_state(other)
     for damage in (
@@ -693,7 +699,7 @@ def test_a_state_of_another_architecture_is_refused_and_changes_nothing(models):
 
 def test_configuration_is_not_shared(models):
     config = FGDConfig()
-    distiller = Distiller(*models, config)
+    distiller = Distiller(models[0], teacher=models[1], config=config)
     config.balance.ratio = 99.0
     assert distiller.config.balance.ratio == load_config(None).balance.ratio
 
@@ -705,7 +711,7 @@ def test_the_loop_of_the_readme():
         torch.manual_seed(0)
         student, teacher = trained(TinyDetector((8, 12, 16))), trained(TinyDetector((8, 16, 24)), seed=1)
         optimizer = torch.optim.AdamW(student.parameters(), 1e-3)
-        distiller = Distiller(student, teacher)
+        distiller = Distiller(student, teacher=teacher)
         optimizer.add_param_group({"params": distiller.parameters()})
         for step in range(40):
             images, boxes = batch(step % 4)

@@ -39,7 +39,7 @@ def step(distiller, student, images, boxes):
 
 def alone(student, teacher, config, reference, names):
     """A Distiller of one loss and one teacher with the weights that another has for the lessons ``names``."""
-    distiller = Distiller(student, teacher, config)
+    distiller = Distiller(student, teacher=teacher, config=config)
     for level, name in names.items():
         distiller.adapters[level].load_state_dict(reference.adapters[name].state_dict())
         distiller.losses[level].load_state_dict(reference.losses[name].state_dict())
@@ -49,7 +49,7 @@ def alone(student, teacher, config, reference, names):
 def test_two_losses_are_the_sum_of_each_alone(student, teachers):
     images, boxes = batch()
     config = {"balance": FIXED, "losses": ["fgd", {"name": "cwd", "weight": 0.25, "options": {"temperature": 2.0}}]}
-    with Distiller(student, teachers[0], config) as both:
+    with Distiller(student, teacher=teachers[0], config=config) as both:
         assert both.level_names == [f"{level}-{loss}" for level in ("P3", "P4", "P5") for loss in ("fgd", "cwd")]
         assert both.part_names == ["foreground", "background", "attention", "global", "channelwise"]
         distilled, gradient = step(both, student, images, boxes)
@@ -74,7 +74,7 @@ def test_two_losses_are_the_sum_of_each_alone(student, teachers):
 def test_two_teachers_are_the_sum_of_each_alone_with_its_own_pairs(student, teachers):
     images, boxes = batch()
     config = {"balance": FIXED, "teachers": [{"weight": 2.0, "levels": ["P4"]}, {}]}
-    with Distiller(student, teachers, config) as both:
+    with Distiller(student, teacher=teachers, config=config) as both:
         assert both.level_names == ["P4-teacher1", "P4-teacher2", "P5-teacher2"]
         assert [pair.teacher.channels for pair in both.pairs] == [16, 8, 10]
         distilled, _ = step(both, student, images, boxes)
@@ -95,7 +95,7 @@ def test_the_balance_brings_each_loss_and_teacher_to_its_own_share(student, teac
         "levels": ["P4"],
         "balance": {"ratio": 0.2},
     }
-    with Distiller(student, teachers, config) as distiller:
+    with Distiller(student, teacher=teachers, config=config) as distiller:
         assert [pair.weight for pair in distiller.pairs] == [1.0, 0.5, 3.0, 1.5]
         for _ in range(3):
             student.zero_grad()
@@ -120,7 +120,7 @@ def test_the_balance_brings_each_loss_and_teacher_to_its_own_share(student, teac
 def test_one_scale_for_each_loss_without_per_level(student, teachers):
     images, boxes = batch()
     config = {"losses": ["fgd", "cwd"], "balance": {"per_level": False}}
-    with Distiller(student, teachers[0], config) as distiller:
+    with Distiller(student, teacher=teachers[0], config=config) as distiller:
         for _ in range(2):
             task = (student(images)["scores"] - 1).square().mean()
             (task + distiller(images, boxes).loss).backward()
@@ -132,7 +132,7 @@ def test_one_scale_for_each_loss_without_per_level(student, teachers):
 
 def test_the_same_loss_twice_is_numbered(student, teachers):
     losses = [{"name": "fgd", "options": {"beta": 0}}, {"name": "fgd", "options": {"alpha": 0}}]
-    with Distiller(student, teachers[0], {"losses": losses, "levels": ["P5"]}) as distiller:
+    with Distiller(student, teacher=teachers[0], config={"losses": losses, "levels": ["P5"]}) as distiller:
         assert distiller.level_names == ["P5-fgd1", "P5-fgd2"]
         assert [loss.alpha > 0 for loss in distiller.losses.values()] == [True, False]
 
@@ -140,7 +140,7 @@ def test_the_same_loss_twice_is_numbered(student, teachers):
 def test_all_teachers_are_frozen_and_given_back(student, teachers):
     for teacher in teachers:
         teacher.train()
-    with Distiller(student, teachers) as distiller:
+    with Distiller(student, teacher=teachers) as distiller:
         assert distiller.teachers == teachers
         images, boxes = batch()
         (student(images)["scores"].mean() + distiller(images, boxes).loss).backward()
@@ -159,7 +159,7 @@ def test_all_teachers_are_frozen_and_given_back(student, teachers):
 
 def test_each_teacher_can_have_an_input_of_its_own(student, teachers):
     images, boxes = batch()
-    with Distiller(student, teachers, {"balance": FIXED}) as distiller:
+    with Distiller(student, teacher=teachers, config={"balance": FIXED}) as distiller:
         plain = distiller.teacher_features(images)
         own = distiller.teacher_features(PerTeacher([images, images * 2]))
         number = [pair.number for pair in distiller.pairs].index(1)
@@ -175,16 +175,19 @@ def test_each_teacher_can_have_an_input_of_its_own(student, teachers):
 def test_training_state_comes_back_and_does_not_fit_others(student, teachers):
     images, boxes = batch()
     config = {"losses": ["fgd", "cwd"], "balance": {"interval": 2}}
-    with Distiller(student, teachers, config) as distiller:
+    with Distiller(student, teacher=teachers, config=config) as distiller:
         for _ in range(2):
             (student(images)["scores"].mean() + distiller(images, boxes).loss).backward()
         state = copy.deepcopy(distiller.training_state())
-    with Distiller(student, teachers, config) as again:
+    with Distiller(student, teacher=teachers, config=config) as again:
         again.load_training_state(state)
         assert torch.equal(again.balance.scales, distiller.balance.scales)
         for name, value in again.state_dict().items():
             assert torch.equal(value, distiller.state_dict()[name])
-    with Distiller(student, teachers[0], config) as other, pytest.raises(ValueError, match="another distillation"):
+    with (
+        Distiller(student, teacher=teachers[0], config=config) as other,
+        pytest.raises(ValueError, match="another distillation"),
+    ):
         other.load_training_state(state)
 
 
@@ -195,7 +198,7 @@ def test_scores_of_the_teacher_reach_a_loss_that_needs_them(student, teachers):
     seen = {}
     for number, head in enumerate(teachers[0].head.heads):
         head.register_forward_hook(lambda m, a, out, number=number: seen.update({number: out.detach()}))
-    with Distiller(student, teachers[0], config) as distiller:
+    with Distiller(student, teacher=teachers[0], config=config) as distiller:
         student(images)
         levels = distiller.taps.captured
         distilled = distiller(images, boxes)
@@ -226,16 +229,16 @@ def test_scores_of_the_teacher_reach_a_loss_that_needs_them(student, teachers):
 )
 def test_mistakes_are_named(student, teachers, config, message):
     with pytest.raises(ConfigError, match=message):
-        Distiller(student, teachers[0], config)
+        Distiller(student, teacher=teachers[0], config=config)
 
 
 def test_wrong_teachers(student, teachers):
     with pytest.raises(TeacherError, match="same teacher is given twice"):
-        Distiller(student, [teachers[0], teachers[0]])
+        Distiller(student, teacher=[teachers[0], teachers[0]])
     with pytest.raises(TeacherError, match="list of teachers is empty"):
-        Distiller(student, [])
+        Distiller(student, teacher=[])
     with pytest.raises(TeacherError, match="same object"):
-        Distiller(student, [teachers[0], student])
+        Distiller(student, teacher=[teachers[0], student])
     with pytest.raises(PairingError):
         plan_pairs(student, [TinyDetector((8, 8), first=64)], load_config())
 

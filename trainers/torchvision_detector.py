@@ -96,7 +96,7 @@ class Training:
         config = load_config(self.settings.fgd, {"teacher.name": name})
         if not self.settings.resume and (inherited := self.inherit(teacher, config)):
             print(inherited)
-        distiller, own = TorchvisionDistiller(self.model, teacher, config), config.optimizer
+        distiller, own = TorchvisionDistiller(self.model, teacher=teacher, config=config), config.optimizer
         if parameters := list(distiller.parameters()):  # none with equal widths and a loss without weights
             adamw = torch.optim.AdamW(parameters, lr=own.lr, weight_decay=own.weight_decay)
             self.optimizers.append((adamw, own.clip))
@@ -116,7 +116,7 @@ class Training:
             finally:
                 state.restore()
 
-        return initialize(self.model, teacher, config.inherit, images=first_batch)
+        return initialize(self.model, teacher=teacher, what=config.inherit, images=first_batch)
 
     def factor(self, step: int) -> float:
         """What the learning rates are multiplied by in a step."""

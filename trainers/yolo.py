@@ -12,7 +12,7 @@ from ultralytics import YOLO
 from fgd_hooks import FGDCallback, FGDError
 
 
-def main(student: str, teacher: str, data: str, epochs: int = 100) -> None:
+def main(student: str, *, teacher: str, data: str, epochs: int = 100) -> None:
     """Train ``student`` on ``data``; the checkpoints are Ultralytics' own."""
     model = YOLO(student)
     FGDCallback(teacher=teacher).attach(model)

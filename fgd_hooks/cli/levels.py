@@ -40,7 +40,7 @@ def _probe(name: str, size: int) -> list[Level]:
 
 def _pair(student: list[Level], teacher: list[Level]) -> Iterator[Row]:
     """A row for each pair, then one for each level without a partner."""
-    pairs = pair_levels(student, teacher)
+    pairs = pair_levels(student, teacher=teacher)
     for pair in pairs:
         channels = pair.student.channels, pair.teacher.channels
         yield (

@@ -10,7 +10,7 @@ from fgd_hooks.utils.registry import suggestion
 
 
 def split_settings(settings: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """``["imgsz=640", "fgd.every=2"]`` as ``{"imgsz": 640}``, read as Ultralytics does, and ``["every=2"]``."""
+    """``["imgsz=640", "fgd.interval=2"]`` as ``{"imgsz": 640}``, read as Ultralytics does, and ``["interval=2"]``."""
     from ultralytics.cfg import parse_key_value_pair
 
     values: dict[str, Any] = {}

@@ -94,7 +94,7 @@ def show(
         saved = [str(each).partition(":")[0].partition("-")[0] for each in state.get("levels", [])]
         settings.levels = settings.levels or list(dict.fromkeys(saved)) or None
     teachers = fuse_files(load_teachers(teacher), teacher, settings.teacher)
-    with Distiller(model, teachers, with_score_taps(settings, teachers)) as distiller:
+    with Distiller(model, teacher=teachers, config=with_score_taps(settings, teachers)) as distiller:
         adapted = file is not None or not any(True for _ in distiller.adapters.parameters())
         if file:
             load_adapters(distiller, state, file)

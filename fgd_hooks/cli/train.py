@@ -23,7 +23,7 @@ REQUIRED = {"teacher": "weights of the teacher", "model": "weights or yaml of th
 def train(arguments: argparse.Namespace) -> None:
     """``fgd train``: Ultralytics' own training, with the callback."""
     settings, config = _read(arguments, REQUIRED)
-    callback = FGDCallback(settings.pop("teacher"), config)
+    callback = FGDCallback(settings.pop("teacher"), config=config)
     model = load_yolo(settings.pop("model"))
     if "data" in settings:
         check_data(str(settings["data"]))
@@ -40,7 +40,9 @@ def doctor(arguments: argparse.Namespace) -> int:
     check_names(config)
     check_data(str(settings["data"]))
     model, data = (str(settings.pop(key)) for key in ("model", "data"))
-    report = diagnose_training(settings.pop("teacher"), load_yolo(model), data, config, settings)
+    report = diagnose_training(
+        load_yolo(model), teacher=settings.pop("teacher"), data=data, config=config, settings=settings
+    )
     Console().print(report)
     if arguments.json:
         arguments.json.write_text(json.dumps(report.to_dict(), indent=1, allow_nan=False), encoding="utf-8")

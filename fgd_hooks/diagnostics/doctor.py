@@ -118,7 +118,7 @@ class _Patient:
         """One step of the Distiller as at the beginning of a training, with another weight and balance."""
         own = self.distiller
         own.config = config = copy.deepcopy(own.config)
-        config.weight, config.every, config.schedule = weight, 1, ScheduleConfig(stop_epoch=None)
+        config.weight, config.interval, config.schedule = weight, 1, ScheduleConfig(stop=None)
         if config.balance.mode == "fixed":
             config.balance.per_level = True  # measured for each level, since each has its own fixed strength
         config.balance.mode = mode

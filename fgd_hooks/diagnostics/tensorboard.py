@@ -109,7 +109,7 @@ def hyper_parameters(config: FGDConfig, **host: Any) -> dict[str, Any]:
     return {
         "fgd.teacher": "+".join(Path(name or "unknown").name for name in config.teacher_names),
         "fgd.weight": config.weight,
-        "fgd.every": config.every,
+        "fgd.interval": config.interval,
         "fgd.loss": "+".join(loss.name for loss in config.all_losses),
         "fgd.preset": "+".join(loss.preset for loss in config.all_losses),
         "fgd.adapter": config.adapter,
@@ -117,7 +117,7 @@ def hyper_parameters(config: FGDConfig, **host: Any) -> dict[str, Any]:
         "fgd.balance.ratio": config.balance.ratio,
         "fgd.schedule": schedule.kind,
         # as text: a column must have the same type in all runs
-        "fgd.schedule.stop_epoch": "never" if schedule.stop_epoch is None else f"{schedule.stop_epoch:g}",
+        "fgd.schedule.stop": "never" if schedule.stop is None else str(schedule.stop),
         **host,
     }
 

@@ -2,7 +2,7 @@
 
 ::
 
-    print(inherit(student, teacher))  # before the training, and before a moving average of the weights is made
+    print(inherit(student, teacher=teacher))  # before the training, and before a moving average of the weights is made
 
 A student whose neck is as wide as its teacher's (a ResNet-50 and a ResNet-101 detector, say) can take over all of it,
 which the paper calls the inheriting strategy. Between models of different width little fits, and the report says so.
@@ -25,10 +25,10 @@ MATCHES = ("auto", "name", "order")
 
 def inherit(
     student: nn.Module,
+    *,
     teacher: nn.Module,
     parts: str | Parts = "neck+head",
     match: str = "auto",
-    *,
     teacher_parts: Parts | None = None,
     example: Any = None,
 ) -> InitializationReport:

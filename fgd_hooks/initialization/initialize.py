@@ -22,6 +22,7 @@ LEAST = 0.9
 
 def initialize(
     student: nn.Module,
+    *,
     teacher: nn.Module,
     what: str | None,
     parts: Parts | None = None,
@@ -49,14 +50,14 @@ def initialize(
     if not what or (automatic and not is_untrained(unwrap(student))):
         return None
     if what not in ("auto", "channels", "fitted"):
-        return inherit(student, teacher, parts or what, teacher_parts=teacher_parts)
+        return inherit(student, teacher=teacher, parts=parts or what, teacher_parts=teacher_parts)
     if what == "fitted" and images is None:
         raise ValueError("inherit='fitted' needs images to fit to; give initialize() a function that returns them.")
-    report = inherit_channels(student, teacher, least=LEAST if automatic else 0.0)
+    report = inherit_channels(student, teacher=teacher, least=LEAST if automatic else 0.0)
     if what == "channels" or images is None or not report.copied:
         return report
     try:
-        fit = fit_channels(student, teacher, _called(images, student))
+        fit = fit_channels(student, teacher=teacher, images=_called(images, student))
         return dataclasses.replace(report, fitted=fit.fitted, unfitted=fit.unfitted)
     except ValueError as error:
         if not automatic:

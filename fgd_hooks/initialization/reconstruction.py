@@ -2,8 +2,8 @@
 
 ::
 
-    inherited = inherit_channels(student, teacher)
-    print(fit_channels(student, teacher, images))  # images: a batch of the training's own
+    inherited = inherit_channels(student, teacher=teacher)
+    print(fit_channels(student, teacher=teacher, images=images))  # images: a batch of the training's own
 
 Evenly spaced channels of a layer meet fewer inputs than they were trained with, so that the copy computes something
 else than the teacher. Here each convolution is fitted by least squares, from its inputs in the student, to the outputs
@@ -34,7 +34,7 @@ CONSTANT = 1e-10  # a channel whose variance is at most this share of its square
 
 
 @torch.no_grad()
-def fit_channels(student: nn.Module, teacher: nn.Module, images: Any) -> InitializationReport:
+def fit_channels(student: nn.Module, *, teacher: nn.Module, images: Any) -> InitializationReport:
     """Fit each of the student's convolutions to the evenly spaced channels of the teacher's of that name, in place.
 
     Minimises sum |t - W x|² + r |W - W0|² for each layer, over at most :data:`MAX_CELLS` cells: x is what the layer

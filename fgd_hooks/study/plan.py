@@ -112,7 +112,17 @@ class Run:
 def _settings(fgd: dict[str, Any]) -> dict[str, Any]:
     """All settings of a distillation: a default that a later version changes, or that is written out, counts, too."""
     found = config_to_dict(load_config(fgd))
-    return found | {key: value for key, value in fgd.items() if found.get(key) == value}  # 0 is not written 0.0
+    found |= {key: value for key, value in fgd.items() if found.get(key) == value}  # 0 is not written 0.0
+    return _under_first_names(found)
+
+
+FIRST_NAMES = {"interval": "every", "start": "start_epoch", "stop": "stop_epoch"}
+"""What settings were called when the first runs were made: keys are built with these names, so that they stay."""
+
+
+def _under_first_names(found: dict[str, Any]) -> dict[str, Any]:
+    schedule = {FIRST_NAMES.get(key, key): value for key, value in found["schedule"].items()}
+    return {FIRST_NAMES.get(key, key): value for key, value in found.items()} | {"schedule": schedule}
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:

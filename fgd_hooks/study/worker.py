@@ -73,7 +73,7 @@ def train(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         elif job["kind"] == "fgd":
             from fgd_hooks.integrations.ultralytics.callback import FGDCallback
 
-            callback = FGDCallback(machine["teacher"], job["fgd"]).attach(model)
+            callback = FGDCallback(machine["teacher"], config=job["fgd"]).attach(model)
         wall, cpu = time.perf_counter(), time.process_time()
         model.train(**arguments)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu

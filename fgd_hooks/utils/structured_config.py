@@ -150,6 +150,8 @@ def _reason(error: OmegaConfBaseException, schema: type, key: str) -> str:
     before, dot, last = key.rpartition(".")
     section: Any = error.object_type if dataclasses.is_dataclass(error.object_type) else None
     if section and isinstance(error, (ConfigKeyError, ConfigAttributeError)):
+        if now := dict(getattr(section, "renamed", ())).get(last):
+            return f"{key} is called {before}{dot}{now} now."
         known = [*known_keys(section, before + dot), *known_keys(schema)]
         return f"there is no key {key}. {suggestion(key, dict.fromkeys(known))}"
     kind = typing.get_type_hints(section).get(last) if section else None

@@ -47,7 +47,7 @@ def expected_distances(run, teacher_file, data, count):
 
     student = YOLO(str(run / "last.pt")).model.float()
     images = read_data(data).images[:count]
-    with Distiller(student, fused(load_teacher(teacher_file)), {"adapter": "mlp"}) as distiller:
+    with Distiller(student, teacher=fused(load_teacher(teacher_file)), config={"adapter": "mlp"}) as distiller:
         distiller.load_training_state(read_checkpoint(run / LAST_CHECKPOINT)["distiller"])
         sheets = []
         for image in images:

@@ -78,7 +78,7 @@ def steps(student, called, distiller, count=4):
 def eager_steps():
     student, teacher = models()
     torch.manual_seed(1)
-    return steps(student, student, Distiller(student, teacher))
+    return steps(student, student, Distiller(student, teacher=teacher))
 
 
 def assert_same(found, expected, **tolerance):
@@ -97,9 +97,9 @@ def test_a_compiled_student_distils_like_an_eager_one(order, backend):
     torch.manual_seed(1)
     if order == "compiled first":
         called = torch.compile(student, backend=backend)
-        distiller = Distiller(called, teacher)
+        distiller = Distiller(called, teacher=teacher)
     else:
-        distiller = Distiller(student, teacher)
+        distiller = Distiller(student, teacher=teacher)
         called = torch.compile(student, backend=backend)
     assert_same(steps(student, called, distiller), expected)
     assert backend.graphs == 1  # the taps do not cut the graph
@@ -107,7 +107,7 @@ def test_a_compiled_student_distils_like_an_eager_one(order, backend):
 
 def test_compiling_goes_on_around_the_taps(backend):
     student, teacher = models()
-    distiller = Distiller(student, teacher)
+    distiller = Distiller(student, teacher=teacher)
     called = torch.compile(student, backend=backend)
     steps(student, called, distiller, 1)
     first = backend.graphs
@@ -134,9 +134,9 @@ def test_a_graph_that_ends_before_the_head_measures_the_whole_gradient(backend):
     student, teacher = trained(BreaksBeforeHead()), models()[1]
     twin = copy.deepcopy(student)
     torch.manual_seed(1)
-    expected = steps(twin, twin, Distiller(twin, teacher))
+    expected = steps(twin, twin, Distiller(twin, teacher=teacher))
     torch.manual_seed(1)
-    distiller = Distiller(student, teacher)
+    distiller = Distiller(student, teacher=teacher)
     assert_same(steps(student, torch.compile(student, backend=backend), distiller), expected)
     assert backend.graphs == 2
 
@@ -145,7 +145,7 @@ def test_a_graph_that_ends_before_the_head_measures_the_whole_gradient(backend):
 def test_what_a_meter_found_has_memory_of_its_own(backend):
     """Under CUDA graphs the gradient's memory is that of the next step's tensors."""
     student, teacher = models()
-    distiller = Distiller(student, teacher)
+    distiller = Distiller(student, teacher=teacher)
     steps(student, torch.compile(student, backend=backend), distiller, 1)
     for meter in distiller.taps.meters:
         assert meter.scalar.grad is None
@@ -158,21 +158,21 @@ def test_a_student_compiled_by_inductor_distils_like_an_eager_one():
     student, teacher = models()
     torch.manual_seed(1)
     called = torch.compile(student)
-    assert_same(steps(student, called, Distiller(called, teacher)), expected, rtol=2e-3, atol=1e-5)
+    assert_same(steps(student, called, Distiller(called, teacher=teacher)), expected, rtol=2e-3, atol=1e-5)
 
 
 def test_taps_set_after_the_first_compiled_call_are_no_silent_zero(backend):
     student, teacher = models()
     called = torch.compile(student, backend=backend)
     called(batch()[0])
-    distiller = Distiller(called, teacher)
+    distiller = Distiller(called, teacher=teacher)
     with pytest.raises(TapError, match="before the first compiled call"):
         steps(student, called, distiller, 1)
 
 
 def test_a_compiled_student_in_validation_keeps_no_features(backend):
     student, teacher = models()
-    distiller = Distiller(student, teacher)
+    distiller = Distiller(student, teacher=teacher)
     called = torch.compile(student, backend=backend)
     with torch.no_grad():
         called(batch()[0])
@@ -188,7 +188,7 @@ def test_sources_are_the_modules_that_return_what_the_head_receives():
 @new_compiler
 def test_a_fullgraph_student_distils(backend):
     student, teacher = models()
-    distiller = Distiller(student, teacher)
+    distiller = Distiller(student, teacher=teacher)
     called = torch.compile(student, backend=backend, fullgraph=True)
     assert float(steps(student, called, distiller)[-1][0]) > 0
 
@@ -266,7 +266,7 @@ def test_inference_tensors_could_not_teach():
 def test_the_teachers_features_do_not_outlive_the_step(compiled, backend, compile_with, monkeypatch):
     compile_with(backend)
     student, teacher = models()
-    distiller = Distiller(student, teacher, FGDConfig(teacher=TeacherConfig(compile=compiled)))
+    distiller = Distiller(student, teacher=teacher, config=FGDConfig(teacher=TeacherConfig(compile=compiled)))
     alive: list[weakref.ref] = []
     features = distiller._teachers[0].features
 
@@ -334,7 +334,7 @@ def host(train, teacher_file, monkeypatch):
             seen.append((parts, callback.distiller(trainer).balance.ratios.tolist()))
 
         monkeypatch.setattr(engine, "attempt_compile", lambda model, device, mode: compile_model(model))
-        callback = FGDCallback(teacher_file, schedule={"stop_epoch": None})
+        callback = FGDCallback(teacher_file, schedule={"stop": None})
         return train(callback, name=name, seed=5, hooks=[("on_train_batch_end", look)], **settings), seen
 
     return run

@@ -47,8 +47,8 @@ def test_no_recipe_is_forgotten():
 def test_a_recipe_is_found_by_name_from_anywhere_and_a_file_goes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_config("paper/fcos", ["weight=2"]).loss.preset == "fcos"
-    Path("yolo").write_text("every: 3")
-    assert load_config("yolo").every == 3
+    Path("yolo").write_text("interval: 3")
+    assert load_config("yolo").interval == 3
 
 
 def test_an_unknown_recipe_names_the_nearest():
@@ -62,7 +62,7 @@ def test_an_unknown_recipe_names_the_nearest():
 def test_builds(name):
     config = load_config(name)
     student, teacher = TinyDetector((8, 12, 16)), trained(TinyDetector((16, 24, 32)))
-    with Distiller(student, teacher, config) as distiller:
+    with Distiller(student, teacher=teacher, config=config) as distiller:
         assert distiller.level_names == ["P3", "P4", "P5"]
 
 
@@ -72,7 +72,7 @@ def test_the_papers_recipes_are_the_papers(name):
     loss = build_loss(config.loss, 8)
     assert (loss.temperature, loss.alpha, loss.beta, loss.gamma, loss.lambda_) == PAPER[name]
     assert config.balance.mode == "fixed"
-    assert config.schedule.stop_epoch is None
+    assert config.schedule.stop is None
 
 
 @pytest.mark.parametrize("name", SAME_AS)
@@ -108,7 +108,7 @@ def test_the_smallest_pair_of_a_family_is_real_and_has_the_channels_of_the_table
     from ultralytics.nn.tasks import DetectionModel
 
     student, teacher = (DetectionModel(f"{family}{size}.yaml", verbose=False) for size in "ns")
-    with Distiller(student, teacher, load_config("yolo")) as distiller:
+    with Distiller(student, teacher=teacher, config=load_config("yolo")) as distiller:
         assert distiller.level_names == ["P3", "P4", "P5"]
         channels = [
             "/".join(str(getattr(p, side).channels) for p in distiller.pairs) for side in ("student", "teacher")

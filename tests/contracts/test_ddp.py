@@ -18,8 +18,8 @@ def work(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.manual_seed(rank)  # adapters differ at first; DDP makes them equal
     student = DistributedDataParallel(trained(TinyDetector()))
-    config = {"balance": {"interval": 2}, "schedule": {"stop_epoch": 2}}
-    distiller = Distiller(student, trained(TinyDetector((8, 16, 24)), seed=1), config)
+    config = {"balance": {"interval": 2}, "schedule": {"stop": "2 epochs"}}
+    distiller = Distiller(student, teacher=trained(TinyDetector((8, 16, 24)), seed=1), config=config)
     parallel = DistributedDataParallel(distiller)
     optimizer = torch.optim.AdamW([*student.parameters(), *distiller.parameters()], 1e-3)
     losses = []
@@ -56,7 +56,7 @@ def test_adapters_scales_and_student_stay_equal_on_all_ranks(tmp_path):
     assert one["losses"] != other["losses"], "each rank saw images of its own"
 
 
-FIXED = {"balance": {"mode": "fixed"}, "schedule": {"stop_epoch": None}}
+FIXED = {"balance": {"mode": "fixed"}, "schedule": {"stop": None}}
 
 
 def gradients_of(student, distiller):
@@ -84,7 +84,7 @@ def accumulate(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     student, teacher = two_models()
-    distiller = Distiller(student, teacher, FIXED)
+    distiller = Distiller(student, teacher=teacher, config=FIXED)
     ddp_student, ddp_distiller = DistributedDataParallel(student), DistributedDataParallel(distiller)
     exchanged = []
 
@@ -116,7 +116,7 @@ def test_gradients_are_those_of_one_process_with_the_whole_batch(tmp_path):
     mp.spawn(accumulate, args=(str(tmp_path),), nprocs=2)
     one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     student, teacher = two_models()
-    distiller = Distiller(student, teacher, FIXED)
+    distiller = Distiller(student, teacher=teacher, config=FIXED)
     for step in (0, 1):
         (images, boxes), (more, further) = batch(step), batch(10 + step)
         images, boxes = torch.cat([images, more]), [*boxes, *further]
@@ -144,12 +144,12 @@ def test_synchronised_batch_normalisation_is_converted_before():
     images, boxes = batch()
     student, teacher = two_models()
     student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
-    with Distiller(student, teacher, FIXED) as distiller:
+    with Distiller(student, teacher=teacher, config=FIXED) as distiller:
         student(images)
         assert distiller(images, boxes).loss > 0
     student, teacher = two_models()
     taps = ["stem.1", "stages.0.1", "stages.1.1"]  # the batch normalisations themselves
-    with Distiller(student, teacher, {**FIXED, "student_taps": taps}) as distiller:
+    with Distiller(student, teacher=teacher, config={**FIXED, "student_taps": taps}) as distiller:
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
         student(images)
         with pytest.raises(TapError, match="did not fire"):
@@ -176,7 +176,7 @@ def fit(rank, folder):
         def images(broken=failing == "images" and rank == 1):
             return 1 / 0 if broken else some_images(seed=rank)
 
-        result = initialize(student, teacher, "auto", images=images)
+        result = initialize(student, teacher=teacher, what="auto", images=images)
         found[failing] = {"words": result.summary, "weights": dict(student.state_dict())}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -190,7 +190,7 @@ def test_where_one_process_cannot_fit_none_does_and_none_waits(tmp_path):
     mp.spawn(fit, args=(str(tmp_path),), nprocs=2)
     one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     copied = net(2)
-    inherit_channels(copied, trained(net(4, seed=1)).eval())
+    inherit_channels(copied, teacher=trained(net(4, seed=1)).eval())
     for failing in ("teacher", "images"):
         assert "another process" in one[failing]["words"]
         assert "division by zero" in other[failing]["words"]

@@ -35,7 +35,7 @@ def test_edges_of_the_data(case):
     torch.manual_seed(0)
     student, teacher = trained(TinyDetector((8, 12, 16))), trained(TinyDetector((8, 16, 24)), seed=1)
     student.eval()  # one value per channel is too little for a batch normalisation's statistics
-    distiller = Distiller(student, teacher, FIXED)
+    distiller = Distiller(student, teacher=teacher, config=FIXED)
     images = torch.rand(len(boxes), 3, height, width, generator=torch.Generator().manual_seed(2))
     seen = []
     handle = student.neck.register_forward_hook(lambda module, args, output: seen.extend(output))

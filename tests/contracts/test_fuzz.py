@@ -136,7 +136,7 @@ def workplace(tmp_path_factory):
     from fgd_hooks.integrations.ultralytics.checkpoint import DistillationCheckpoint
 
     student, teacher = trained(TinyDetector()), trained(TinyDetector((8, 16, 24)), seed=1)
-    distiller = Distiller(student, teacher, {"adapter": "conv1x1_bn", "levels": ["P3"]})
+    distiller = Distiller(student, teacher=teacher, config={"adapter": "conv1x1_bn", "levels": ["P3"]})
     run = SimpleNamespace(distiller=distiller, optimizer=torch.optim.AdamW(distiller.parameters(), 1e-3))
     run.checkpoint = DistillationCheckpoint(distiller, run.optimizer)
     images, boxes = batch()

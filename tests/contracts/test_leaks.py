@@ -48,7 +48,7 @@ def test_fifty_cycles_leave_everything_as_found():
     found = as_found(student, teacher)
     counts = []
     for cycle in range(50):
-        with Distiller(student, teacher) as distiller:
+        with Distiller(student, teacher=teacher) as distiller:
             assert as_found(student) != found[:1], "the hooks are there"
             assert as_found(teacher) != found[1:]
             if cycle % 2:
@@ -66,7 +66,7 @@ def test_fifty_cycles_leave_everything_as_found():
 def test_no_cycle_keeps_teacher_or_distiller_alive(how):
     student, teacher = trained(TinyDetector()), trained(TinyDetector((8, 16, 24)), seed=1)
     images, boxes = batch()
-    distiller = Distiller(student, teacher)
+    distiller = Distiller(student, teacher=teacher)
     student(images)
     distiller(images, boxes).loss.backward()
     alive = [weakref.ref(each) for each in (teacher, distiller, distiller._teachers[0])]
@@ -84,7 +84,7 @@ def test_no_cycle_keeps_teacher_or_distiller_alive(how):
 @pytest.mark.parametrize("steps", [300, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_memory_and_hooks_stay_flat(steps):
     student, teacher = trained(TinyDetector()), trained(TinyDetector((8, 16, 24)), seed=1)
-    distiller = Distiller(student, teacher, {"every": 2, "schedule": {"stop_epoch": None}})
+    distiller = Distiller(student, teacher=teacher, config={"interval": 2, "schedule": {"stop": None}})
     optimizer = torch.optim.AdamW([*student.parameters(), *distiller.parameters()], 1e-4)
     batches = [batch(seed) for seed in range(4)]
     process = psutil.Process()

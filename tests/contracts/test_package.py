@@ -22,7 +22,7 @@ for name in others.split():
 import fgd_hooks
 from tests.helpers.tiny import TinyDetector, batch, trained
 student, teacher = trained(TinyDetector()), trained(TinyDetector((8, 16, 24)))
-distiller = fgd_hooks.Distiller(student, teacher, fgd_hooks.FGDConfig(every=1))
+distiller = fgd_hooks.Distiller(student, teacher=teacher, config=fgd_hooks.FGDConfig(interval=1))
 images, boxes = batch()
 student(images)
 distiller(images, boxes).loss.backward()

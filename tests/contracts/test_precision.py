@@ -25,7 +25,7 @@ def forward(student, distiller, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_losses_are_float32_and_close_to_full_precision(dtype):
     student, teacher = models()
-    distiller = Distiller(student, teacher, FIXED)
+    distiller = Distiller(student, teacher=teacher, config=FIXED)
     _, wide = forward(student, distiller, None)
     _, narrow = forward(student, distiller, dtype)
     assert narrow.loss.dtype == torch.float32
@@ -39,7 +39,7 @@ def test_losses_are_float32_and_close_to_full_precision(dtype):
 def test_a_loss_scaler_does_not_overflow_the_adapters():
     """A gradient of 10 at an adapter's weight is 655,360 under the usual scale, more than float16 can hold."""
     student, teacher = models()
-    distiller = Distiller(student, teacher, {**FIXED, "weight": 1e4, "adapter": "aligned"})
+    distiller = Distiller(student, teacher=teacher, config={**FIXED, "weight": 1e4, "adapter": "aligned"})
     weights = [adapter.weight for adapter in distiller.adapters.values() if hasattr(adapter, "weight")]
     _, distilled = forward(student, distiller, None)
     wanted = torch.autograd.grad(distilled.loss, weights)
@@ -52,7 +52,7 @@ def test_a_loss_scaler_does_not_overflow_the_adapters():
 
 def test_an_overflowing_step_is_skipped_by_student_and_adapters_alike():
     student, teacher = models()
-    distiller = Distiller(student, teacher, {"balance": {"interval": 2}})
+    distiller = Distiller(student, teacher=teacher, config={"balance": {"interval": 2}})
     trained_ones = [*student.parameters(), *distiller.parameters()]
     optimizer = torch.optim.AdamW(trained_ones, 1e-3)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100, backoff_factor=2.0**-20)
@@ -84,7 +84,7 @@ def test_the_scalers_factor_cancels_in_the_balance():
     found = []
     for scale in (1.0, 2.0**10):
         student, teacher = models()
-        distiller = Distiller(student, teacher)
+        distiller = Distiller(student, teacher=teacher)
         for _ in range(3):
             task, distilled = forward(student, distiller, None)
             ((task + distilled.loss) * scale).backward()

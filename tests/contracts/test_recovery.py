@@ -15,7 +15,7 @@ from fgd_hooks.utils.modules import unwrap
 from tests.integrations.ultralytics.test_callback import assert_nothing_left, hooks, rows, weights
 
 # the start is copied only: fitted to it, a student repeats the tests' tiny teacher to more digits than results.csv has
-ALWAYS = {"schedule": {"stop_epoch": None}, "inherit": "channels"}
+ALWAYS = {"schedule": {"stop": None}, "inherit": "channels"}
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ def steady(count=2, each=3, levels=None):
     """The calls of the distiller's forward pass, without the teacher's, and of its backward pass to the features."""
     torch.manual_seed(0)
     student, teacher = trained(TinyDetector()), trained(TinyDetector((12, 16, 24)), 1)
-    distiller = Distiller(student, teacher, {"schedule": {"stop_epoch": None}, "levels": levels})
+    distiller = Distiller(student, teacher=teacher, config={"schedule": {"stop": None}, "levels": levels})
     for number in range(6):
         images, _ = batch(number, count)
         packed = boxes_on("cpu", count, each)
@@ -128,7 +128,7 @@ def test_the_memory_of_masks_does_not_grow_with_the_boxes():
 def test_a_steady_step_on_a_gpu_does_not_wait():
     torch.manual_seed(0)
     student, teacher = trained(TinyDetector()).cuda(), trained(TinyDetector((12, 16, 24)), 1).cuda()
-    distiller = Distiller(student, teacher, {"schedule": {"stop_epoch": None}})
+    distiller = Distiller(student, teacher=teacher, config={"schedule": {"stop": None}})
     inputs = [(batch(n)[0].cuda(), [each.cuda() for each in batch(n)[1]]) for n in range(14)]
     try:
         for number, (images, boxes) in enumerate(inputs):

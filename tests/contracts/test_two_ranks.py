@@ -30,7 +30,7 @@ def two_ranks(monkeypatch, data, student_yaml, teacher_file, tmp_path):
         folder = tmp_path / f"seen_by_{ranks}"
         folder.mkdir()
         yolo = YOLO(str(model or student_yaml))
-        distillation = {"balance": {"interval": 2}, "schedule": {"stop_epoch": None}, "inherit": inherit}
+        distillation = {"balance": {"interval": 2}, "schedule": {"stop": None}, "inherit": inherit}
         callback = FGDCallback(str(teacher_file), **distillation)
         callback.attach(yolo)
         Recorder(folder, callback, fail_in_epoch).attach(yolo)

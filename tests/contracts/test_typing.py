@@ -18,13 +18,13 @@ from fgd_hooks.integrations.torchvision import TorchvisionDistiller
 
 
 def loop(student: nn.Module, teacher: nn.Module) -> None:
-    with Distiller(student, [teacher], load_config("yolo")) as distiller:
+    with Distiller(student, teacher=[teacher], config=load_config("yolo")) as distiller:
         distilled = distiller(rand(1, 3, 64, 64), [rand(2, 4)], canvas=(64, 64))
         assert_type(distilled, Distilled)
         assert_type(distilled.loss, Tensor)
         assert_type(distiller.config, FGDConfig)
         distiller(rand(1, 3, 64, 64))
-    with TorchvisionDistiller(student, teacher) as host:
+    with TorchvisionDistiller(student, teacher=teacher) as host:
         assert_type(host(), Distilled)
         host(wrong=1)
 """

@@ -12,7 +12,7 @@ from tests.helpers.tiny import TinyDetector, batch, trained
 
 def make(config=None, widths=(12, 16, 20)):
     student, teacher = trained(TinyDetector()), trained(TinyDetector(widths), seed=1)
-    return student, teacher, Distiller(student, teacher, config)
+    return student, teacher, Distiller(student, teacher=teacher, config=config)
 
 
 def features(model, images):

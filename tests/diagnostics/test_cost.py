@@ -19,7 +19,7 @@ def convolution(inputs, outputs, kernel, cells):
 def test_counts_by_hand():
     torch.manual_seed(0)
     student, teacher = trained(TinyDetector((8, 12, 16))), trained(TinyDetector((8, 16, 24)))
-    distiller = Distiller(student, teacher, {"loss": {"name": "imitation"}})
+    distiller = Distiller(student, teacher=teacher, config={"loss": {"name": "imitation"}})
     cost = extra_cost(distiller, 5, 64)
     assert cost.teacher_flops == 5 * sum(convolution(*layer) for layer in TEACHER)
     # fitted (1x1) at P4 and P5: forward, gradient of the weights, gradient of the feature
@@ -32,7 +32,7 @@ def test_counts_by_hand():
 
 def test_the_line_names_what_matters():
     student = trained(TinyDetector((8, 12, 16)))
-    line = str(extra_cost(Distiller(student, trained(TinyDetector((8, 16, 24)))), 4, 64))
+    line = str(extra_cost(Distiller(student, teacher=trained(TinyDetector((8, 16, 24)))), 4, 64))
     assert "\n" not in line
     for part in ("TinyDetector", "P3 8->8 channels (identity)", "P5 24->16 channels (fitted)", "4 images of 64x64"):
         assert part in line
@@ -42,7 +42,7 @@ def test_the_line_names_what_matters():
 
 def test_leaves_no_trace():
     student, teacher = trained(TinyDetector((8, 12, 16))), trained(TinyDetector((8, 16, 24)))
-    distiller = Distiller(student, teacher, {"adapter": "conv1x1_bn"})
+    distiller = Distiller(student, teacher=teacher, config={"adapter": "conv1x1_bn"})
     images, boxes = batch()
     student(images)["scores"].sum().backward()
     distiller(images, boxes).loss.backward()

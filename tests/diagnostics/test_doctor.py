@@ -29,7 +29,7 @@ def task_loss(student, images):
 
 def check(student, teacher, config=None, *, boxes=None, distiller=None, optimizer=None, **changes):
     images, own = batch()
-    distiller = distiller or Distiller(student, teacher, config)
+    distiller = distiller or Distiller(student, teacher=teacher, config=config)
     if optimizer is None:
         optimizer = torch.optim.SGD([*student.parameters(), *distiller.parameters()], 0.1)
     changes.setdefault("loss", lambda: task_loss(student, images))
@@ -74,7 +74,7 @@ def test_numbers_that_are_not_finite_do_not_stay(models):
     student = TinyDetector((8, 12, 16)).train()  # the means of its batch normalisations are still 0
     images, boxes = batch()
     images[0, 0, 0, 0] = math.nan
-    distiller = Distiller(student, teacher)
+    distiller = Distiller(student, teacher=teacher)
     before = state(student)
     report = diagnose(distiller, images, boxes, loss=lambda: task_loss(student, images))
     assert report.status == "red"
@@ -86,7 +86,7 @@ def test_leaves_no_trace(models, outcome):
     student, teacher = models
     student.stem[1].eval()  # a mode of its own must come back
     student.dropout = nn.Dropout(0.5)
-    distiller = Distiller(student, teacher)
+    distiller = Distiller(student, teacher=teacher)
     images, boxes = batch()
     optimizer = torch.optim.SGD([*student.parameters(), *distiller.parameters()], 0.1)
 
@@ -129,7 +129,7 @@ def test_leaves_no_trace(models, outcome):
 def test_numbers_of_the_loss_scale(models):
     """The raw ratio by its definition: norms of the two gradients at the student's feature."""
     student, teacher = models
-    distiller = Distiller(student, teacher, {**FIXED, "adapter": "aligned"})
+    distiller = Distiller(student, teacher=teacher, config={**FIXED, "adapter": "aligned"})
     images, boxes = batch()
     report = check(student, teacher, distiller=distiller)
     task = task_loss(student, images)
@@ -261,7 +261,7 @@ def test_adapters_in_no_optimizer(models):
 
 def test_optimizer_not_given_or_with_the_teacher_or_resting(models):
     student, teacher = models
-    distiller = Distiller(student, teacher)
+    distiller = Distiller(student, teacher=teacher)
     images, boxes = batch()
     report = diagnose(distiller, images, boxes, loss=lambda: task_loss(student, images))
     assert report.of("optimizer").status == "yellow"
@@ -290,7 +290,7 @@ def test_a_teacher_without_running_statistics(models):
 
 def test_a_teacher_that_is_unfrozen_again(models):
     student, teacher = models
-    distiller = Distiller(student, teacher)
+    distiller = Distiller(student, teacher=teacher)
     teacher.neck.requires_grad_(True)
     finding = check(student, teacher, distiller=distiller).of("gradient")
     assert finding.status == "red"
@@ -302,7 +302,7 @@ def test_nan_in_student_or_in_the_teachers_features(models):
     student.head.heads[0].weight.data[0, 0] = math.nan
     assert "head.heads.0.weight" in check(student, teacher).of("numbers").found
     student.head.heads[0].weight.data[0, 0] = 0
-    distiller = Distiller(student, teacher)
+    distiller = Distiller(student, teacher=teacher)
     teacher.neck.out[1].weight.data[0, 0] = math.nan  # after the Distiller has looked at it
     report = check(student, teacher, distiller=distiller)
     assert report.of("teacher's features").status == "red"

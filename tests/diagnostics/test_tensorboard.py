@@ -47,7 +47,9 @@ def hparams_of(events):
 @pytest.fixture
 def one_step():
     student = trained(TinyDetector())
-    with Distiller(student, trained(TinyDetector((8, 16, 24)), seed=1), {"balance": {"interval": 2}}) as distiller:
+    with Distiller(
+        student, teacher=trained(TinyDetector((8, 16, 24)), seed=1), config={"balance": {"interval": 2}}
+    ) as distiller:
         for step in range(2):  # one of the two measures the balance
             images, boxes = batch(step)
             task_loss = student(images)["scores"].square().mean()
@@ -102,11 +104,11 @@ def test_every_chart_of_the_page_finds_its_scalars_and_no_others(one_step, tmp_p
 def test_the_runs_row_lies_in_its_own_file(tmp_path):
     config = FGDConfig(
         weight=0.5,
-        every=2,
+        interval=2,
         adapter="mlp",
         loss=LossConfig(preset="fcos"),
         balance=BalanceConfig(ratio=1.5),
-        schedule=ScheduleConfig(kind="cosine", stop_epoch=None),
+        schedule=ScheduleConfig(kind="cosine", stop=None),
         teacher=TeacherConfig(name="weights/big.pt"),
     )
     with SummaryWriter(str(tmp_path)) as writer:
@@ -117,14 +119,14 @@ def test_the_runs_row_lies_in_its_own_file(tmp_path):
     assert hparams_of(events) == {
         "fgd.teacher": "big.pt",
         "fgd.weight": 0.5,
-        "fgd.every": 2,
+        "fgd.interval": 2,
         "fgd.loss": "fgd",
         "fgd.preset": "fcos",
         "fgd.adapter": "mlp",
         "fgd.balance.mode": "gradient",
         "fgd.balance.ratio": 1.5,
         "fgd.schedule": "cosine",
-        "fgd.schedule.stop_epoch": "never",
+        "fgd.schedule.stop": "never",
         "batch": 8,
         "lr0": 1e-3,
     }

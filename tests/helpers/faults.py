@@ -90,7 +90,7 @@ def train(folder: Path, name: str, *, resume: bool = False, distil: bool = True,
         model.add_callback(event, function)
     if distil:
         teacher = folder / "teacher" / "weights" / "last.pt"
-        FGDCallback(teacher, log_interval=0, schedule={"stop_epoch": None}).attach(model)
+        FGDCallback(teacher, log_interval=0, schedule={"stop": None}).attach(model)
     data = next((folder / "scenes").glob("*.yaml"))
     settings = {**SETTINGS, "data": str(data), "project": str(folder), "name": name, "epochs": EPOCHS}
     model.train(**settings, resume=resume)

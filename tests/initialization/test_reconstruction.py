@@ -32,7 +32,7 @@ def pair(width=4, by=2, seed=0):
             parameter.add_(0.3 * parameter.std(correction=0) * torch.randn_like(parameter))
     trained(teacher, seed)
     student = net(width, seed=seed + 1)
-    inherit_channels(student, teacher)
+    inherit_channels(student, teacher=teacher)
     return exactly_normalised(student), exactly_normalised(teacher).eval()
 
 
@@ -98,10 +98,10 @@ def test_a_layer_is_the_least_squares_solution(shape, depthwise):
     groups = (4, 8) if depthwise else (1, 1)
     student = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, groups=groups[0], **SHAPES[shape]), nn.BatchNorm2d(4))
     teacher = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, groups=groups[1], **SHAPES[shape]), nn.BatchNorm2d(8))
-    inherit_channels(student, teacher)
+    inherit_channels(student, teacher=teacher)
     start = student[1].weight.clone()
     images = some_images()
-    result = fit_channels(student, teacher, images)
+    result = fit_channels(student, teacher=teacher, images=images)
     assert set(result.fitted) == {"1"}
     assert "nothing" not in result.unfitted["0"]
     taken = evenly_spaced(4, 8)
@@ -120,10 +120,10 @@ def test_where_nothing_normalises_the_solution_is_taken_as_it_is(shape):
     torch.manual_seed(0)
     student = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, **SHAPES[shape]))
     teacher = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, **SHAPES[shape]))
-    inherit_channels(student, teacher)
+    inherit_channels(student, teacher=teacher)
     start = student[1].weight.clone()
     images = some_images()
-    fit_channels(student, teacher, images)
+    fit_channels(student, teacher=teacher, images=images)
     aim = outputs(teacher, "1", images)
     expected = reference(student[1], start, outputs(student, "0", images), aim)
     assert torch.allclose(student[1].weight.double(), expected, rtol=1e-3, atol=1e-5)
@@ -134,7 +134,7 @@ def test_the_fitted_student_gives_what_the_teacher_gives_more_nearly():
     student, teacher = pair()
     copied = copy.deepcopy(student)
     images, others = some_images(16), some_images(8, seed=9)
-    result = fit_channels(student, teacher, images)
+    result = fit_channels(student, teacher=teacher, images=images)
     assert not result.unfitted
     for name in ("mix.1", "last"):
         taken = evenly_spaced(outputs(student, name, others).shape[1], outputs(teacher, name, others).shape[1])
@@ -147,7 +147,7 @@ def test_later_layers_meet_what_the_fitted_ones_give():
     student, teacher = pair()
     start = student.mix[0].weight.clone()
     images = some_images()
-    fit_channels(student, teacher, images)
+    fit_channels(student, teacher=teacher, images=images)
     met = outputs(student, "depthwise", images)
     taken = evenly_spaced(4, 8)
     expected = reference(student.mix[0], start, met, outputs(teacher, "mix.0", images)[:, taken])
@@ -157,7 +157,7 @@ def test_later_layers_meet_what_the_fitted_ones_give():
 def test_means_and_deviations_are_the_teachers():
     student, teacher = pair()
     images = some_images(8)
-    fit_channels(student, teacher, images)
+    fit_channels(student, teacher=teacher, images=images)
     for name in ("left.1", "depthwise.1", "mix.1"):
         mine, theirs = outputs(student, name, images), outputs(teacher, name, images)
         theirs = theirs[:, evenly_spaced(mine.shape[1], theirs.shape[1])]
@@ -171,7 +171,7 @@ def test_means_and_deviations_are_the_teachers():
 def test_the_share_explained_is_that_of_the_variance():
     student, teacher = pair()
     images = some_images()
-    result = fit_channels(student, teacher, images)
+    result = fit_channels(student, teacher=teacher, images=images)
     mine, theirs = outputs(student, "left.0", images).double(), outputs(teacher, "left.0", images)[:, ::2].double()
     left = (theirs - mine).var((0, 2, 3)) / theirs.var((0, 2, 3))
     assert result.fitted["left.0"] == pytest.approx(1 - left.mean().item(), abs=1e-4)
@@ -184,16 +184,16 @@ def test_weights_that_lead_astray_are_no_worse_than_none():
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.mul_(-100)
-    result = fit_channels(student, teacher, some_images())
+    result = fit_channels(student, teacher=teacher, images=some_images())
     assert all(0 <= share <= 1 for share in result.fitted.values())
 
 
 def test_a_thinned_student_that_repeats_its_teacher_exactly_stays_so():
     teacher = exactly_normalised(widened(trained(net(4)), 2)).eval()
     student = exactly_normalised(net(4, seed=5))
-    inherit_channels(student, teacher)
+    inherit_channels(student, teacher=teacher)
     images = some_images()
-    fit_channels(student, teacher, images)
+    fit_channels(student, teacher=teacher, images=images)
     with torch.no_grad():
         assert torch.allclose(student.eval()(images), teacher(images), atol=1e-4)
 
@@ -202,9 +202,9 @@ def test_of_many_cells_a_part_is_taken(monkeypatch):
     student, teacher = pair()
     other = copy.deepcopy(student)
     images = some_images(16, 32)
-    fit_channels(student, teacher, images)
+    fit_channels(student, teacher=teacher, images=images)
     monkeypatch.setattr(reconstruction, "MAX_CELLS", 3000)
-    fit_channels(other, teacher, images)
+    fit_channels(other, teacher=teacher, images=images)
     whole, part = student.left[0].weight, other.left[0].weight
     assert not torch.equal(whole, part)
     assert (whole - part).norm() < 0.05 * whole.norm()
@@ -234,7 +234,7 @@ def test_layers_that_cannot_be_fitted_stay_and_the_report_says_why():
     torch.manual_seed(0)
     student, teacher = Odd(4), Odd(4, kernel=5, wide=6)
     before = copy.deepcopy(student.state_dict())
-    result = fit_channels(student, teacher, some_images())
+    result = fit_channels(student, teacher=teacher, images=some_images())
     assert set(result.fitted) == {"first"}
     words = {
         "twice": "not once",
@@ -250,7 +250,9 @@ def test_layers_that_cannot_be_fitted_stay_and_the_report_says_why():
         assert word in result.unfitted[name]
         assert f"{name} kept: " in str(result)
         assert torch.equal(student.state_dict()[f"{name}.weight"], before[f"{name}.weight"])
-    nothing = fit_channels(nn.Sequential(nn.Linear(3, 3)), nn.Sequential(nn.Linear(3, 3)), torch.zeros(1, 3))
+    nothing = fit_channels(
+        nn.Sequential(nn.Linear(3, 3)), teacher=nn.Sequential(nn.Linear(3, 3)), images=torch.zeros(1, 3)
+    )
     assert nothing.summary == "no convolution was fitted; the student has none"
 
 
@@ -262,7 +264,7 @@ def test_no_trace_but_the_weights():
     flags = [p.requires_grad for p in student.parameters()], [m.training for m in student.modules()]
     given = copy.deepcopy(teacher.state_dict())
     random = torch.get_rng_state()
-    fit_channels(student, teacher, some_images())
+    fit_channels(student, teacher=teacher, images=some_images())
     assert torch.equal(random, torch.get_rng_state())
     assert flags == ([p.requires_grad for p in student.parameters()], [m.training for m in student.modules()])
     assert all(torch.equal(value, given[name]) for name, value in teacher.state_dict().items())
@@ -274,7 +276,7 @@ def test_no_trace_but_the_weights():
 def test_features_that_are_not_finite_change_nothing():
     student, teacher = pair()
     before = copy.deepcopy(student.state_dict())
-    result = fit_channels(student, teacher, torch.full((1, 3, 8, 8), torch.nan))
+    result = fit_channels(student, teacher=teacher, images=torch.full((1, 3, 8, 8), torch.nan))
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     assert not result.fitted
     assert "finite" in result.unfitted["left.0"]
@@ -283,7 +285,7 @@ def test_features_that_are_not_finite_change_nothing():
 def test_channels_that_are_the_same_everywhere_keep_the_copy():
     student, teacher = pair()
     before = copy.deepcopy(student.state_dict())
-    result = fit_channels(student, teacher, torch.zeros(1, 3, 4, 4))
+    result = fit_channels(student, teacher=teacher, images=torch.zeros(1, 3, 4, 4))
     for name in ("left.0", "right.0"):  # they meet nothing but zeros
         assert torch.equal(student.state_dict()[f"{name}.weight"], before[f"{name}.weight"])
         assert "constant" in result.unfitted[name]
@@ -300,9 +302,9 @@ def test_a_channel_that_is_dead_on_these_images_keeps_the_copy():
     teacher, student = trained(build(8)).eval(), build(4)
     with torch.no_grad():
         teacher[2].bias[2] = -50.0
-    inherit_channels(student, teacher)
+    inherit_channels(student, teacher=teacher)
     before = copy.deepcopy(student.state_dict())
-    result = fit_channels(student, teacher, some_images(8))
+    result = fit_channels(student, teacher=teacher, images=some_images(8))
     dead, *living = 1, 0, 2, 3
     for key in ("4.weight", "5.weight", "5.bias", "5.running_mean", "5.running_var"):
         assert torch.equal(student.state_dict()[key][dead], before[key][dead]), key
@@ -321,7 +323,7 @@ def test_one_cell_that_is_not_finite_harms_nothing(monkeypatch):
     compared = set(reconstruction._rows(4 * 12 * 12).tolist())
     image, cell = divmod(next(row for row in range(4 * 12 * 12) if row not in compared), 12 * 12)
     images[image, :, cell // 12, cell % 12] = torch.nan
-    fit_channels(student, teacher, images)
+    fit_channels(student, teacher=teacher, images=images)
     assert all(value.isfinite().all() for value in student.state_dict().values())
 
 
@@ -330,7 +332,7 @@ def test_weights_that_overflow_are_an_error_and_nothing_is_changed(monkeypatch):
     before = copy.deepcopy(student.state_dict())
     monkeypatch.setattr(reconstruction, "ridge_change", lambda gram, product, rows: product * torch.inf)
     with pytest.raises(ValueError, match=r"fit of .* gave .* values that are not finite"):
-        fit_channels(student, teacher, some_images())
+        fit_channels(student, teacher=teacher, images=some_images())
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
 
@@ -339,10 +341,10 @@ def test_without_a_bias_or_statistics_of_its_own_a_layer_is_fitted_with_its_mean
     torch.manual_seed(0)
     student = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 5, bias=False, **SHAPES[shape]))
     teacher = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 5, bias=False, **SHAPES[shape]))
-    inherit_channels(student, teacher)
+    inherit_channels(student, teacher=teacher)
     start = student[2].weight.clone()
     images = some_images()
-    result = fit_channels(student, teacher, images)
+    result = fit_channels(student, teacher=teacher, images=images)
     aim = outputs(teacher, "2", images)
     expected = reference(student[2], start, outputs(student, "1", images), aim, centred=False)
     assert torch.allclose(student[2].weight.double(), expected, rtol=1e-3, atol=1e-5)
@@ -353,9 +355,9 @@ def test_without_a_bias_or_statistics_of_its_own_a_layer_is_fitted_with_its_mean
 def test_large_maps_are_summed_up_in_parts(monkeypatch):
     student, teacher = pair()
     other = copy.deepcopy(student)
-    fit_channels(student, teacher, some_images(8))
+    fit_channels(student, teacher=teacher, images=some_images(8))
     monkeypatch.setattr(reconstruction, "MOST_NUMBERS", 1)
-    fit_channels(other, teacher, some_images(8))
+    fit_channels(other, teacher=teacher, images=some_images(8))
     for name, value in student.state_dict().items():
         assert torch.allclose(other.state_dict()[name], value, atol=1e-6), name
 
@@ -377,9 +379,9 @@ def test_layers_that_run_on_pieces_of_images_stay():
     torch.manual_seed(0)
     for images in (some_images(), list(some_images())):
         student, teacher = Crops(4), Crops(8)
-        inherit_channels(student, teacher)
+        inherit_channels(student, teacher=teacher)
         before = student.head.weight.clone()
-        result = fit_channels(student, teacher, images)
+        result = fit_channels(student, teacher=teacher, images=images)
         assert set(result.fitted) == {"backbone.0"}
         assert torch.equal(student.head.weight, before)
         assert "pieces of images" in result.unfitted["head"]
@@ -388,14 +390,14 @@ def test_layers_that_run_on_pieces_of_images_stay():
 def test_wrong_arguments():
     student, teacher = pair()
     with pytest.raises(TeacherError):
-        fit_channels(student, student, some_images())
+        fit_channels(student, teacher=student, images=some_images())
     for model, role in ((student, "student"), (teacher, "teacher")):
         broken = copy.deepcopy(model)
         broken.mix[0].register_forward_pre_hook(lambda module, args: 1 / 0)
         models = (broken, teacher) if role == "student" else (student, broken)
         before = copy.deepcopy(models[0].state_dict())
         with pytest.raises(ValueError, match=rf"The {role} \(Net\) cannot be run on the images: division by zero"):
-            fit_channels(*models, some_images())
+            fit_channels(models[0], teacher=models[1], images=some_images())
         assert len(broken.mix[0]._forward_pre_hooks) == 1, "ours are gone"
         assert not any(m._forward_hooks for m in broken.modules())
         assert all(torch.equal(value, before[name]) for name, value in models[0].state_dict().items()), "no half fit"
@@ -404,9 +406,9 @@ def test_wrong_arguments():
 def test_by_the_setting():
     teacher = trained(net(4, seed=1)).eval()
     by_hand, by_setting = net(2), net(2)
-    inherit_channels(by_hand, teacher)
-    fit = fit_channels(by_hand, teacher, some_images())
-    result = initialize(by_setting, teacher, "fitted", images=some_images)
+    inherit_channels(by_hand, teacher=teacher)
+    fit = fit_channels(by_hand, teacher=teacher, images=some_images())
+    result = initialize(by_setting, teacher=teacher, what="fitted", images=some_images)
     assert result is not None
     assert result.fitted == fit.fitted
     assert fit.summary in result.summary
@@ -414,29 +416,29 @@ def test_by_the_setting():
     for name, value in by_setting.state_dict().items():
         assert torch.equal(value, by_hand.state_dict()[name])
     with pytest.raises(ValueError, match="needs images"):
-        initialize(net(2), teacher, "fitted")
+        initialize(net(2), teacher=teacher, what="fitted")
     automatic = net(2)
-    assert initialize(automatic, teacher, "auto", images=some_images) is not None
+    assert initialize(automatic, teacher=teacher, what="auto", images=some_images) is not None
     assert torch.equal(automatic.mix[0].weight, by_hand.mix[0].weight)
     copied = net(2)
-    initialize(copied, teacher, "channels", images=some_images)
+    initialize(copied, teacher=teacher, what="channels", images=some_images)
     for images, words in ((None, ""), (lambda: "no images", "cannot be run on the images")):
         automatic = net(2)
-        result = initialize(automatic, teacher, "auto", images=images)
+        result = initialize(automatic, teacher=teacher, what="auto", images=images)
         assert result is not None
         assert torch.equal(automatic.mix[0].weight, copied.mix[0].weight), "the copy alone"
         assert words in result.summary
     with pytest.raises(ValueError, match="cannot be run on the images"):
-        initialize(net(2), teacher, "fitted", images=lambda: "no images")
+        initialize(net(2), teacher=teacher, what="fitted", images=lambda: "no images")
     for broken in (lambda: next(iter([])), lambda: {}["img"]):
         automatic = net(2)
-        result = initialize(automatic, teacher, "auto", images=broken)
+        result = initialize(automatic, teacher=teacher, what="auto", images=broken)
         assert result is not None
         assert "no images to fit" in result.summary
         assert torch.equal(automatic.mix[0].weight, copied.mix[0].weight), "the copy alone"
     with pytest.raises(ValueError, match=r"no images to fit the student's layers to \(KeyError: 'img'\)"):
-        initialize(net(2), teacher, "fitted", images=lambda: {}["img"])
-    other = initialize(TinyDetector(), nn.Sequential(nn.Linear(2, 2)), "fitted", images=some_images)
+        initialize(net(2), teacher=teacher, what="fitted", images=lambda: {}["img"])
+    other = initialize(TinyDetector(), teacher=nn.Sequential(nn.Linear(2, 2)), what="fitted", images=some_images)
     assert other is not None, "nothing was copied, so that there is nothing to fit"
     assert other.fitted is None
 
@@ -444,8 +446,8 @@ def test_by_the_setting():
 def test_wrappers_are_looked_through():
     student, teacher = pair()
     wrapped = copy.deepcopy(student)
-    fit_channels(student, teacher, some_images())
-    fit_channels(nn.DataParallel(wrapped), teacher, some_images())
+    fit_channels(student, teacher=teacher, images=some_images())
+    fit_channels(nn.DataParallel(wrapped), teacher=teacher, images=some_images())
     assert isinstance(wrapped, Net)
     for name, value in wrapped.state_dict().items():
         assert torch.equal(value, student.state_dict()[name])

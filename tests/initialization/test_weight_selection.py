@@ -63,7 +63,7 @@ def test_evenly_spaced_channels():
 
 def test_each_layer_takes_evenly_spaced_channels_with_their_statistics():
     student, teacher = net(2), trained(net(4, seed=1))
-    result = inherit_channels(student, teacher)
+    result = inherit_channels(student, teacher=teacher)
     mine, theirs = student.state_dict(), teacher.state_dict()
     assert torch.equal(mine["left.0.weight"], theirs["left.0.weight"][[0, 2]])
     assert torch.equal(mine["left.0.bias"], theirs["left.0.bias"][[0, 2]])
@@ -95,7 +95,7 @@ def test_a_teacher_of_repeated_channels_gives_back_the_network_it_was_made_of(by
         if isinstance(module, nn.BatchNorm2d):
             module.eps = 1e-12
     assert not torch.allclose(student(images), expected)
-    inherit_channels(student, teacher)
+    inherit_channels(student, teacher=teacher)
     assert torch.allclose(student(images), expected, atol=1e-7)
 
 
@@ -105,7 +105,7 @@ def test_flags_and_the_teacher_stay_as_they_are():
     student.mix.eval()
     flags = [p.requires_grad for p in student.parameters()], [m.training for m in student.modules()]
     before = copy.deepcopy(teacher.state_dict())
-    inherit_channels(student, teacher)
+    inherit_channels(student, teacher=teacher)
     assert flags == ([p.requires_grad for p in student.parameters()], [m.training for m in student.modules()])
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
@@ -114,7 +114,7 @@ def test_a_head_for_other_classes_stays_as_it_was():
     for outputs in (2, 5):
         student, teacher = net(2, outputs=outputs), trained(net(4, seed=1))
         before = student.last.weight.clone()
-        result = inherit_channels(student, teacher)
+        result = inherit_channels(student, teacher=teacher)
         assert torch.equal(student.last.weight, before)
         assert set(result.kept) == {"last.weight", "last.bias"}
     assert "last" in result.kept["last.weight"]
@@ -132,17 +132,17 @@ def test_a_head_for_other_classes_stays_as_it_was():
 def test_layers_that_do_not_fit_are_kept_with_the_reason(teacher, words):
     student = net(2)
     before = student.depthwise[0].weight.clone()
-    result = inherit_channels(student, trained(teacher()))
+    result = inherit_channels(student, teacher=trained(teacher()))
     assert torch.equal(student.depthwise[0].weight, before)
     assert any(words in reason for reason in result.kept.values())
 
 
 def test_other_groups_do_not_fit():
     student, teacher = nn.Sequential(nn.Conv2d(4, 4, 1, groups=2)), nn.Sequential(nn.Conv2d(8, 8, 1, groups=2))
-    assert "2 groups" in inherit_channels(student, teacher).kept["0.weight"]
+    assert "2 groups" in inherit_channels(student, teacher=teacher).kept["0.weight"]
     # a depthwise layer is the same kind at any width, and one group is
     student, teacher = nn.Sequential(nn.Conv2d(4, 4, 1, groups=4)), nn.Sequential(nn.Conv2d(4, 4, 1))
-    assert "groups" in inherit_channels(student, teacher).kept["0.weight"]
+    assert "groups" in inherit_channels(student, teacher=teacher).kept["0.weight"]
 
 
 def test_a_transposed_convolution_has_its_inputs_first():
@@ -151,7 +151,7 @@ def test_a_transposed_convolution_has_its_inputs_first():
         return nn.Sequential(*layers, nn.ConvTranspose2d(2 * width, 3, 2))
 
     student, teacher = model(2), model(4)
-    assert not inherit_channels(student, teacher).kept
+    assert not inherit_channels(student, teacher=teacher).kept
     assert torch.equal(student[0].weight, teacher[0].weight[[0, 2]][:, [0, 2, 4, 6]])
     assert torch.equal(student[2].weight, 2 * teacher[2].weight[[0, 2, 4, 6]])
 
@@ -159,12 +159,12 @@ def test_a_transposed_convolution_has_its_inputs_first():
 def test_too_little_that_fits_changes_nothing():
     student, teacher = net(2, outputs=5), trained(net(4, seed=1))
     before = copy.deepcopy(student.state_dict())
-    result = inherit_channels(student, teacher, least=0.99)
+    result = inherit_channels(student, teacher=teacher, least=0.99)
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     assert result.parameters == 0
     assert set(result.kept) == set(before)
     assert "parameters fit" in result.summary
-    assert inherit_channels(student, teacher, least=0.5).parameters > 0
+    assert inherit_channels(student, teacher=teacher, least=0.5).parameters > 0
 
 
 def test_untrained_is_what_no_batch_normalisation_has_seen():
@@ -179,20 +179,22 @@ def test_untrained_is_what_no_batch_normalisation_has_seen():
 
 def test_what_the_setting_says():
     teacher = trained(TinyDetector((8, 12, 16)))
-    assert initialize(TinyDetector((4, 6, 8)), teacher, "") is None
-    kept = initialize(TinyDetector((4, 6, 8)), teacher, "auto")
+    assert initialize(TinyDetector((4, 6, 8)), teacher=teacher, what="") is None
+    kept = initialize(TinyDetector((4, 6, 8)), teacher=teacher, what="auto")
     assert kept is not None
     assert kept.parameters == 0, "most of its layers have no normalisation, so that less than nine tenths fit"
-    some = initialize(TinyDetector((4, 6, 8)), teacher, "channels")
+    some = initialize(TinyDetector((4, 6, 8)), teacher=teacher, what="channels")
     assert some is not None
     assert 0 < some.parameters < some.of
     seen = trained(net(2))
-    assert initialize(seen, trained(net(4, seed=1)), "auto") is None, "a student with weights of its own keeps them"
-    assert initialize(seen, trained(net(4, seed=1)), "channels")
-    fresh = initialize(net(2), trained(net(4, seed=1)), "auto")
+    assert initialize(seen, teacher=trained(net(4, seed=1)), what="auto") is None, (
+        "a student with weights of its own keeps them"
+    )
+    assert initialize(seen, teacher=trained(net(4, seed=1)), what="channels")
+    fresh = initialize(net(2), teacher=trained(net(4, seed=1)), what="auto")
     assert fresh is not None
     assert fresh.parameters == fresh.of
-    neck = initialize(TinyDetector((8, 12, 16)), teacher, "neck")
+    neck = initialize(TinyDetector((8, 12, 16)), teacher=teacher, what="neck")
     assert neck is not None
     assert set(neck.modules) == {"neck"}
 
@@ -200,20 +202,20 @@ def test_what_the_setting_says():
 def test_a_fused_teacher_gives_nothing_and_the_reason():
     teacher = trained(net(4, seed=1)).eval()
     teacher.left = nn.Sequential(torch.nn.utils.fuse_conv_bn_eval(teacher.left[0], teacher.left[1]))
-    assert "fused" in inherit_channels(net(2), teacher).kept["left.0.weight"]
+    assert "fused" in inherit_channels(net(2), teacher=teacher).kept["left.0.weight"]
 
 
 def test_errors_change_nothing():
     student = net(2)
     with pytest.raises(TeacherError):
-        inherit_channels(student, student)
+        inherit_channels(student, teacher=student)
     broken = trained(net(4, seed=1))
     broken.last.weight.data[0] = float("nan")
     before = copy.deepcopy(student.state_dict())
     with pytest.raises(TeacherError, match="NaN"):
-        inherit_channels(student, broken)
+        inherit_channels(student, teacher=broken)
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     with torch.inference_mode():
         fixed = net(2)
     with pytest.raises(ValueError, match="inference mode"):
-        inherit_channels(fixed, trained(net(4, seed=1)))
+        inherit_channels(fixed, teacher=trained(net(4, seed=1)))

@@ -64,12 +64,12 @@ def learns(distiller, student, images, boxes):
 def test_a_backbone_learns_and_teaches_by_stride(name):
     student, teacher = backbone(name, **PYRAMIDS[name]), backbone("test_convnext2")
     strides, channels = student.feature_info.reduction(), student.feature_info.channels()
-    with Distiller(student, teacher, {"levels": ["P3", "P4", "P5"]}) as distiller:
+    with Distiller(student, teacher=teacher, config={"levels": ["P3", "P4", "P5"]}) as distiller:
         found = {level.stride: level.channels for level in distiller.found_levels[0].student}
         assert found == dict(zip(strides, channels, strict=True))
         images, boxes = batch(size=distiller.found_levels[0].student[0].size[0] * strides[0])
         assert learns(distiller, student, images, boxes)
-    with Distiller(TinyDetector(), student) as distiller:
+    with Distiller(TinyDetector(), teacher=student) as distiller:
         assert distiller.level_names == ["P3", "P4", "P5"]
         taught = distiller.teacher_features(images)
         assert [each.shape[1] for each in taught] == channels[-3:]
@@ -80,7 +80,7 @@ def test_a_backbone_learns_and_teaches_by_stride(name):
 def test_a_plain_vision_transformer_has_one_level(name, size):
     student = timm.create_model(name, img_size=size, dynamic_img_size=False, global_pool="avg")
     teacher = backbone("test_resnet")
-    with Distiller(student, teacher) as distiller:
+    with Distiller(student, teacher=teacher) as distiller:
         (pair,) = distiller.pairs
         assert (pair.student.stride, pair.student.size) == (16, (size[0] // 16, size[1] // 16))
         assert pair.student.tap.layout.prefix == student.num_prefix_tokens
@@ -90,7 +90,7 @@ def test_a_plain_vision_transformer_has_one_level(name, size):
 
 def test_a_vision_transformer_that_is_called_by_another_method():
     student = timm.create_model("test_vit").train()
-    with Distiller(student, backbone("test_resnet")) as distiller:
+    with Distiller(student, teacher=backbone("test_resnet")) as distiller:
         tokens = student.forward_features(torch.rand(1, 3, 64, 96))
         (feature,) = distiller.taps.pop()
     torch.testing.assert_close(feature.flatten(2).transpose(1, 2), tokens[:, student.num_prefix_tokens :])
@@ -107,14 +107,15 @@ def test_blocks_of_a_vision_transformer_by_name():
     # timm's own way to such maps, and images of another shape than the probe's
     images = torch.rand(1, 3, 64, 112)
     expected = model.forward_intermediates(images, indices=[3], norm=False, intermediates_only=True)[0]
-    with Distiller(TinyDetector(), model, {"teacher_taps": ["blocks.3"]}) as distiller:
+    with Distiller(TinyDetector(), teacher=model, config={"teacher_taps": ["blocks.3"]}) as distiller:
         (found,) = distiller.teacher_features(images)
     torch.testing.assert_close(found, expected)
 
 
 def test_two_models_of_different_fixed_sizes():
+    one, other = (timm.create_model("test_vit", img_size=size, dynamic_img_size=False) for size in (160, 96))
     with pytest.raises(ValueError, match="160 x 160 and 96 x 96 pixels only"):
-        Distiller(*(timm.create_model("test_vit", img_size=size, dynamic_img_size=False) for size in (160, 96)))
+        Distiller(one, teacher=other)
 
 
 def test_tokens_of_another_grid_are_named():
@@ -138,13 +139,15 @@ def test_the_teacher_sees_the_same_pixels_in_its_own_normalisation():
     pixels = torch.rand(2, 3, 4, 5)
     mean, std = (torch.tensor(each)[:, None, None] for each in IMAGENET)
     student = timm.create_model("test_efficientnet")
-    wrapped = with_own_normalisation(teacher(), student)
+    wrapped = with_own_normalisation(student, teacher=teacher())
     torch.testing.assert_close(wrapped((pixels - mean) / std), (pixels - 0.5) / 0.5)
-    torch.testing.assert_close(with_own_normalisation(teacher(), ((0, 0, 0), (1, 1, 1)))(pixels), (pixels - 0.5) / 0.5)
-    same = teacher()
-    assert with_own_normalisation(same, HALF) is same
     torch.testing.assert_close(
-        with_own_normalisation(nn.Identity(), HALF, IMAGENET)(pixels * 2 - 1), (pixels - mean) / std
+        with_own_normalisation(((0, 0, 0), (1, 1, 1)), teacher=teacher())(pixels), (pixels - 0.5) / 0.5
+    )
+    same = teacher()
+    assert with_own_normalisation(HALF, teacher=same) is same
+    torch.testing.assert_close(
+        with_own_normalisation(HALF, teacher=nn.Identity(), own=IMAGENET)(pixels * 2 - 1), (pixels - mean) / std
     )
     with pytest.raises(ValueError, match="above 0"):
         Renormalised(same, ((0, 0, 0), (1, 0, 1)))
@@ -153,7 +156,7 @@ def test_the_teacher_sees_the_same_pixels_in_its_own_normalisation():
 def test_a_renormalised_teacher_teaches():
     student, teacher = backbone("test_efficientnet"), backbone("test_resnet")
     images, boxes = batch()
-    with Distiller(student, with_own_normalisation(teacher, student)) as distiller:
+    with Distiller(student, teacher=with_own_normalisation(student, teacher=teacher)) as distiller:
         assert distiller.level_names == ["P1", "P2", "P3", "P4", "P5"]
         assert not [key for key in distiller.state_dict() if "scale" in key or "model" in key]
         assert learns(distiller, student, images, boxes)

@@ -15,7 +15,7 @@ from fgd_hooks.integrations.torchvision import TorchvisionDistiller, renormalise
 from fgd_hooks.masks import PackedBoxes, box_masks
 from tests.helpers.tiny_detectors import FAMILIES, SSDBody, build, rectangles
 
-FIXED = {"balance": {"mode": "fixed"}, "schedule": {"stop_epoch": None}}
+FIXED = {"balance": {"mode": "fixed"}, "schedule": {"stop": None}}
 WIDE = (8, 12, 16, 24)
 NORMALISATION = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.25, 0.5, 1.0]}
 
@@ -65,7 +65,7 @@ def misses(boxes, size, white):
 
 def test_masks_lie_on_the_objects_of_images_of_different_sizes(student, teacher):
     images, targets = rectangles()
-    with TorchvisionDistiller(student, teacher, FIXED) as distiller:
+    with TorchvisionDistiller(student, teacher=teacher, config=FIXED) as distiller:
         batches, packed = spy(distiller, teacher)
         student(images, targets)
         distiller()
@@ -88,7 +88,7 @@ def test_masks_lie_on_the_objects_of_images_of_different_sizes(student, teacher)
 def test_the_teacher_sees_the_students_pixels_in_its_own_normalisation(student):
     images, targets = rectangles()
     teacher = build("fcos", WIDE, seed=1, **NORMALISATION)
-    with TorchvisionDistiller(student, teacher, FIXED) as distiller:
+    with TorchvisionDistiller(student, teacher=teacher, config=FIXED) as distiller:
         batches, _ = spy(distiller, teacher)
         student(images, targets)
         distiller()
@@ -98,7 +98,7 @@ def test_the_teacher_sees_the_students_pixels_in_its_own_normalisation(student):
 
 def test_the_geometry_is_the_students_whatever_the_teachers_transform_does(student):
     teacher = build("retinanet", WIDE, seed=1, min_size=200, max_size=300)
-    with TorchvisionDistiller(student, teacher, FIXED) as distiller:
+    with TorchvisionDistiller(student, teacher=teacher, config=FIXED) as distiller:
         batches, _ = spy(distiller, teacher)
         student(*rectangles())
         distiller()
@@ -107,7 +107,7 @@ def test_the_geometry_is_the_students_whatever_the_teachers_transform_does(stude
 
 
 def test_the_teacher_may_be_kept_in_another_precision(student, teacher):
-    with TorchvisionDistiller(student, teacher.to(torch.bfloat16), FIXED) as distiller:
+    with TorchvisionDistiller(student, teacher=teacher.to(torch.bfloat16), config=FIXED) as distiller:
         batches, _ = spy(distiller, teacher)
         student(*rectangles())
         assert distiller().loss.isfinite()
@@ -137,7 +137,7 @@ def learns(student, teacher, levels, steps=20):
     images, targets = rectangles()
     student.train()
     # fitted adapters begin near the least loss, so that the student falls behind unless the distillation is heard
-    distiller = TorchvisionDistiller(student, teacher, {**FIXED, "weight": 1000.0})
+    distiller = TorchvisionDistiller(student, teacher=teacher, config={**FIXED, "weight": 1000.0})
     assert distiller.level_names == levels
     student(images, targets)
     tapped = distiller.taps.captured
@@ -192,7 +192,7 @@ def test_every_family_learns_from_others(families):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_maps_of_the_neck_pair_for_every_family(family):
-    with TorchvisionDistiller(build(family), build(family, seed=1)) as distiller:
+    with TorchvisionDistiller(build(family), teacher=build(family, seed=1)) as distiller:
         taps = [str(pair.student.tap) for pair in distiller.pairs]
         strides = [pair.student.stride for pair in distiller.pairs]
     if family == "ssd":  # its one canvas is 96 x 96
@@ -205,7 +205,7 @@ def test_the_maps_of_the_neck_pair_for_every_family(family):
 
 
 def test_a_map_of_no_stride_in_common_has_no_partner(student, caplog):
-    with TorchvisionDistiller(student, build("ssd", seed=1), FIXED) as distiller:
+    with TorchvisionDistiller(student, teacher=build("ssd", seed=1), config=FIXED) as distiller:
         assert distiller.level_names == FINE
     assert "Levels of the teacher without a partner are not distilled: S37 (backbone['3'])" in caplog.text
 
@@ -221,7 +221,7 @@ class Unpadded(SSDBody):
 def test_a_map_of_equal_size_by_chance_does_not_pair(student, caplog):
     teacher = build("ssd", seed=1)
     teacher.backbone = Unpadded((8, 12, 16))  # 16 - 6 - 2 = 8 cells of 512 pixels, as P6; 2 of 320, where P6 has 5
-    with TorchvisionDistiller(student, teacher, FIXED) as distiller:
+    with TorchvisionDistiller(student, teacher=teacher, config=FIXED) as distiller:
         assert distiller.level_names == FINE
     assert "backbone['3'] has the size of a map of the student's on some canvases only" in caplog.text
 
@@ -230,12 +230,12 @@ def test_nothing_in_common_says_so(student):
     teacher = build("ssd", seed=1)
     teacher.backbone.stem[0] = nn.Conv2d(3, 8, 3, 3, 1)
     with pytest.raises(PairingError, match="no feature level of the same stride"):
-        TorchvisionDistiller(student, teacher)
+        TorchvisionDistiller(student, teacher=teacher)
 
 
 def test_named_taps_are_those_of_the_detector(student, teacher):
     config = {**FIXED, "student_taps": ["backbone.fpn.layer_blocks.*"], "teacher_taps": ["backbone['1']"]}
-    with TorchvisionDistiller(student, teacher, config) as distiller:
+    with TorchvisionDistiller(student, teacher=teacher, config=config) as distiller:
         assert [str(pair.student.tap) for pair in distiller.pairs] == ["backbone.fpn.layer_blocks.1"]
         student(*rectangles())
         assert distiller().loss > 0
@@ -246,12 +246,12 @@ def test_a_step_is_the_distillers_own_on_the_transformed_batch(student, teacher)
     images, targets = rectangles()
     batch, resized = student.transform(images, targets)
     taps = {"student_taps": ["backbone['0']"], "teacher_taps": ["backbone['0']"]}
-    with TorchvisionDistiller(student, teacher, {**FIXED, **taps}) as distiller:
+    with TorchvisionDistiller(student, teacher=teacher, config={**FIXED, **taps}) as distiller:
         state = distiller.state_dict()
         student(images, targets)
         one = distiller()
     bare = {"student_taps": ["['0']"], "teacher_taps": ["['0']"]}
-    with Distiller(student.backbone, teacher.backbone, {**FIXED, **bare}) as plain:
+    with Distiller(student.backbone, teacher=teacher.backbone, config={**FIXED, **bare}) as plain:
         plain.load_state_dict(state)
         student.backbone(batch.tensors)
         other = plain(batch.tensors, [target["boxes"] for target in resized])
@@ -259,7 +259,7 @@ def test_a_step_is_the_distillers_own_on_the_transformed_batch(student, teacher)
 
 
 def test_before_the_student_ran(student, teacher):
-    with TorchvisionDistiller(student, teacher, FIXED) as distiller:
+    with TorchvisionDistiller(student, teacher=teacher, config=FIXED) as distiller:
         with pytest.raises(TapError, match=r"has seen no batch since the last call. Run losses = student\(images"):
             distiller()
         student(*rectangles())
@@ -269,7 +269,7 @@ def test_before_the_student_ran(student, teacher):
 
 
 def test_a_copy_of_the_student_is_not_watched(student, teacher):
-    with TorchvisionDistiller(student, teacher, FIXED) as distiller:
+    with TorchvisionDistiller(student, teacher=teacher, config=FIXED) as distiller:
         other = copy.deepcopy(student)
         other(*rectangles())
         with pytest.raises(TapError, match="a copy of it is not watched"):
@@ -280,7 +280,7 @@ def test_a_copy_of_the_student_is_not_watched(student, teacher):
 
 def test_eval_mode_and_missing_targets_are_named(student, teacher):
     images, targets = rectangles()
-    with TorchvisionDistiller(student, teacher, FIXED) as distiller:
+    with TorchvisionDistiller(student, teacher=teacher, config=FIXED) as distiller:
         student.eval()
         student(images, targets)
         with pytest.raises(ValueError, match=r"eval mode: .* Call student.train\(\)"):
@@ -296,7 +296,7 @@ def test_eval_mode_and_missing_targets_are_named(student, teacher):
 
 
 def test_without_gradients_nothing_is_done_or_kept(student, teacher):
-    with TorchvisionDistiller(student, teacher, FIXED) as distiller, torch.no_grad():
+    with TorchvisionDistiller(student, teacher=teacher, config=FIXED) as distiller, torch.no_grad():
         student(*rectangles())
         assert distiller._seen.latest is None
         assert distiller().loss == 0
@@ -308,12 +308,12 @@ def test_without_gradients_nothing_is_done_or_kept(student, teacher):
 def test_other_models_are_refused(student, model, role):
     pair = (model, student) if role == "student" else (student, model)
     with pytest.raises(TypeError, match=f"The {role} is a (Conv2d|str); expected a torchvision detector"):
-        TorchvisionDistiller(*pair)
+        TorchvisionDistiller(pair[0], teacher=pair[1])
 
 
 def test_a_teacher_that_is_the_student_is_refused(student):
     with pytest.raises(TeacherError, match="same object"):
-        TorchvisionDistiller(student, student)
+        TorchvisionDistiller(student, teacher=student)
     assert hooks(student) == 0
 
 
@@ -321,12 +321,12 @@ def test_a_teacher_that_cannot_take_the_students_canvas_is_named():
     student = build("ssd", size=(64, 64))
     student.backbone.last = nn.Conv2d(16, 16, 3, padding=1)  # the teacher's has no padding, and 2 x 2 cells to go over
     with pytest.raises(TapError, match=r"teacher's backbone \(SSDBody\) failed on images of 64 x 64 pixels"):
-        TorchvisionDistiller(student, build("ssd", seed=1))
+        TorchvisionDistiller(student, teacher=build("ssd", seed=1))
 
 
 def test_the_teacher_is_frozen_meanwhile_and_its_own_again_after(student, teacher):
     teacher.train()
-    distiller = TorchvisionDistiller(student, teacher, FIXED)
+    distiller = TorchvisionDistiller(student, teacher=teacher, config=FIXED)
     student(*rectangles())
     distiller().loss.backward()
     assert not any(module.training for module in teacher.modules())
@@ -342,7 +342,7 @@ def test_the_teacher_is_frozen_meanwhile_and_its_own_again_after(student, teache
 def test_empty_images_and_autocast(student, teacher):
     images, targets = rectangles()
     targets[0] = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
-    with TorchvisionDistiller(student, teacher, FIXED) as distiller:
+    with TorchvisionDistiller(student, teacher=teacher, config=FIXED) as distiller:
         with torch.autocast("cpu", torch.bfloat16):
             losses = student(images, targets)
             distilled = distiller(task_loss=sum(losses.values()))
@@ -353,8 +353,8 @@ def test_empty_images_and_autocast(student, teacher):
 
 
 def test_the_default_balance_measures_and_resting_steps_forget_the_batch(student, teacher):
-    config = {"balance": {"interval": 2}, "every": 2, "schedule": {"stop_epoch": None}}
-    with TorchvisionDistiller(student, teacher, config) as distiller:
+    config = {"balance": {"interval": 2}, "interval": 2, "schedule": {"stop": None}}
+    with TorchvisionDistiller(student, teacher=teacher, config=config) as distiller:
         for _ in range(6):
             losses = student(*rectangles())
             distilled = distiller()
@@ -366,7 +366,7 @@ def test_the_default_balance_measures_and_resting_steps_forget_the_batch(student
 
 def test_check_examines_the_batch_of_its_loss_and_leaves_no_trace(student, teacher):
     images, targets = rectangles()
-    with TorchvisionDistiller(student, teacher, FIXED) as distiller:
+    with TorchvisionDistiller(student, teacher=teacher, config=FIXED) as distiller:
         optimizer = torch.optim.SGD([*student.parameters(), *distiller.parameters()], 1e-3)
         before = copy.deepcopy(student.state_dict())
         report = diagnose(distiller, loss=lambda: sum(student(images, targets).values()), optimizer=optimizer)
@@ -387,7 +387,7 @@ def test_a_student_in_a_wrapper(student, teacher, tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
         wrapped = nn.parallel.DistributedDataParallel(student)
-        distiller = TorchvisionDistiller(wrapped, teacher, FIXED)
+        distiller = TorchvisionDistiller(wrapped, teacher=teacher, config=FIXED)
         parallel = nn.parallel.DistributedDataParallel(distiller)
         losses = wrapped(*rectangles())
         distilled = parallel()
@@ -419,7 +419,7 @@ def test_torchvisions_own_models_pair_and_step(student, teacher, strides):
     own, other = (
         getattr(detection, name)(**settings, **({} if name.startswith("ssd") else sizes)) for name in (student, teacher)
     )
-    with TorchvisionDistiller(own, other, FIXED) as distiller:
+    with TorchvisionDistiller(own, teacher=other, config=FIXED) as distiller:
         assert [pair.student.stride for pair in distiller.pairs] == strides
         losses = own(*rectangles())
         distilled = distiller()

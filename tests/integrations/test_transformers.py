@@ -83,7 +83,7 @@ NECK = {"student_taps": ["model.encoder[last_hidden_state]"], "teacher_taps": ["
 def test_a_detector_learns_from_its_like(build, config, levels):
     student, teacher = build(), build(12, 24)
     optimizer = torch.optim.AdamW(student.parameters(), 1e-4)
-    with Distiller(student, teacher, config) as distiller:
+    with Distiller(student, teacher=teacher, config=config) as distiller:
         assert {pair.name: pair.student.channels for pair in distiller.pairs} == levels
         assert {pair.teacher.channels for pair in distiller.pairs} == {24}
         assert [tuple(each.shape[2:]) for each in distiller.teacher_features(IMAGES)] == [
@@ -104,7 +104,7 @@ def test_a_detector_learns_from_its_like(build, config, levels):
 def test_the_taps_change_nothing_of_the_output(config):
     student = detr() if config else rt_detr()
     plain = student.eval()(pixel_values=IMAGES)
-    with Distiller(student, type(student)(student.config), config):
+    with Distiller(student, teacher=type(student)(student.config), config=config):
         tapped = student(pixel_values=IMAGES)
     assert type(tapped) is type(plain)
     assert torch.equal(tapped.logits, plain.logits)

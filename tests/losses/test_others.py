@@ -105,7 +105,7 @@ def test_generation_draws_masks_of_its_own():
 def test_trains_student_and_block_and_not_the_teacher(name):
     torch.manual_seed(0)
     student, teacher = trained(TinyDetector((8, 12, 16))), trained(TinyDetector((8, 16, 24)), seed=1)
-    distiller = Distiller(student, teacher, {"loss": {"name": name}, "balance": {"mode": "fixed"}})
+    distiller = Distiller(student, teacher=teacher, config={"loss": {"name": name}, "balance": {"mode": "fixed"}})
     images, boxes = batch()
     student(images)
     result = distiller(images, boxes)

@@ -148,7 +148,7 @@ def test_the_whole_thing_and_then_once_more(tmp_path: Path) -> None:
         teacher=str(STUDENT),
         teacher_epochs=2,
         student_epochs=3,
-        val_every=2,
+        val_interval=2,
     )
     console = Console(width=120, force_terminal=False)
     with console.capture() as captured:

@@ -127,7 +127,7 @@ def test_levels_pair_by_stride_and_the_rest_is_said(caplog):
     student = find_levels(TinyDetector((8, 12, 16), first=8))
     teacher = find_levels(TinyDetector((4, 6, 8, 10), first=4))
     with caplog.at_level(logging.WARNING, logger="fgd_hooks"):
-        pairs = pair_levels(student, teacher)
+        pairs = pair_levels(student, teacher=teacher)
     assert [(p.name, p.student.channels, p.teacher.channels) for p in pairs] == [
         ("P3", 8, 6),
         ("P4", 12, 8),
@@ -141,7 +141,7 @@ def test_nothing_in_common_prints_both_pyramids():
     student = find_levels(TinyDetector((8, 12), first=4))
     teacher = find_levels(TinyDetector((8, 12), first=16))
     with pytest.raises(PairingError) as raised:
-        pair_levels(student, teacher)
+        pair_levels(student, teacher=teacher)
     message = str(raised.value)
     assert all(text in message for text in ("stride 4 ", "stride 8 ", "stride 16", "stride 32"))
 
@@ -149,6 +149,6 @@ def test_nothing_in_common_prints_both_pyramids():
 def test_several_levels_of_one_stride_pair_in_order():
     student = find_levels(TinyDetector((8, 12)), ["stem", "neck.out.0"])
     teacher = find_levels(TinyDetector((6, 9)), ["stem", "neck.out.0"])
-    pairs = pair_levels(student, teacher)
+    pairs = pair_levels(student, teacher=teacher)
     assert [p.name for p in pairs] == ["P3", "P3_2"]
     assert [(str(p.student.tap), str(p.teacher.tap)) for p in pairs] == [("stem", "stem"), ("neck.out.0", "neck.out.0")]

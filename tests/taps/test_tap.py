@@ -179,7 +179,7 @@ def test_a_backbone_inside_another_model_takes_the_size_of_its_own_images():
 def test_channels_last_levels_are_found_and_learn():
     student, teacher = ChannelsLast(), ChannelsLast((8, 12)).eval()
     images, boxes = batch(size=64)
-    with Distiller(student, teacher) as distiller:
+    with Distiller(student, teacher=teacher) as distiller:
         assert [(level.name, level.channels, str(level.tap)) for level in distiller.found_levels[0].student] == [
             ("P3", 6, "(model)[0]@nhwc"),
             ("P4", 10, "(model)[1]@nhwc"),
@@ -200,7 +200,7 @@ def test_tokens_learn_and_the_balance_measures_them(prefix):
     images, boxes = batch(size=64)
     with torch.no_grad():
         before = student(images)["scores"]
-    with Distiller(student, teacher) as distiller:
+    with Distiller(student, teacher=teacher) as distiller:
         assert torch.equal(student(images)["scores"], before)
         for _ in range(3):
             student.zero_grad()
@@ -231,7 +231,7 @@ def test_the_gradient_at_the_map_is_the_task_s():
 
 
 def test_tokens_pair_with_a_convolutional_level_of_the_same_stride():
-    with Distiller(Tokens(), TinyDetector()) as distiller:
+    with Distiller(Tokens(), teacher=TinyDetector()) as distiller:
         assert [(pair.name, pair.student.channels, pair.teacher.channels) for pair in distiller.pairs] == [("P3", 6, 8)]
 
 
@@ -264,5 +264,5 @@ def test_models_of_one_size_are_probed_at_it():
     assert common_size([TinyDetector(), strict(112, 96)]) == (112, 96)
     with pytest.raises(ValueError, match=r"112 x 96 and 64 x 64 pixels only.*img_size"):
         common_size([strict(112, 96), strict(64, 64)])
-    with Distiller(TinyDetector(), strict(96, 64)) as distiller:
+    with Distiller(TinyDetector(), teacher=strict(96, 64)) as distiller:
         assert distiller.pairs[0].teacher.size == (12, 8)

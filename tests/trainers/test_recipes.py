@@ -32,7 +32,7 @@ def test_a_recipe_of_bccd_trains_each_role(name):
     for each in (settings.model, settings.teacher):
         each.pretrained = False
     student, teacher = (build_model(each, 3, settings.image) for each in (settings.model, settings.teacher))
-    with TorchvisionDistiller(student, teacher, settings.fgd) as distiller:
+    with TorchvisionDistiller(student, teacher=teacher, config=settings.fgd) as distiller:
         assert [(pair.name, pair.student.channels, pair.teacher.channels) for pair in distiller.pairs] == [
             (level, 64, 128) for level in ("P3", "P4", "P5")
         ]

@@ -24,7 +24,7 @@ def build(backbone="test_efficientnet", **settings):
 def test_each_kind_of_detector_learns_from_its_like(head):
     student, teacher = build(head=head), build("test_resnet", head=head, channels=64)
     images, targets = rectangles()
-    with TorchvisionDistiller(student, teacher) as distiller:
+    with TorchvisionDistiller(student, teacher=teacher) as distiller:
         assert distiller.level_names == ["P3", "P4", "P5"]
         assert [pair.teacher.channels for pair in distiller.pairs] == [64] * 3
         for _ in range(3):
@@ -43,7 +43,7 @@ def test_the_transform_normalises_as_the_backbone_wants():
     seen = {}
     teacher.backbone.body.register_forward_pre_hook(lambda module, args: seen.update(images=args[0]))
     images, targets = rectangles()
-    with TorchvisionDistiller(student, teacher) as distiller:
+    with TorchvisionDistiller(student, teacher=teacher) as distiller:
         student(images, targets)
         distiller()
     white = seen["images"][0][:, 40:50, 16:24]  # inside the rectangle, away from its border, at 64 / 80 of its size

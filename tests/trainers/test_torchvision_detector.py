@@ -33,7 +33,7 @@ def train(coco, tmp_path):
         "image": {"min_size": [64], "max_size": 96},
         "model": {"name": "student"},
         "teacher": {"name": "teacher", "checkpoint": str(tmp_path / "teacher.pt")},
-        "fgd": {"schedule": {"stop_epoch": None}},
+        "fgd": {"schedule": {"stop": None}},
         "optimizer": {"lr": 1e-3, "warmup": 2, "milestones": [1]},
         "epochs": 2,
         "batch": 2,

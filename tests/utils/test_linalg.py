@@ -104,7 +104,7 @@ def pair():
 @pytest.mark.parametrize("mode", ["gradient", "fixed"])
 def test_the_distiller_fits_before_the_first_loss_and_never_again(pair, mode):
     student, teacher = pair
-    with Distiller(student, teacher, {"balance": {"mode": mode}}) as distiller:
+    with Distiller(student, teacher=teacher, config={"balance": {"mode": mode}}) as distiller:
         taught = distiller.teacher_features(IMAGES)
         first = a_step(distiller, student, IMAGES)
         fitted = {name: tensor.clone() for name, tensor in distiller.adapters.state_dict().items()}
@@ -122,14 +122,14 @@ def test_the_distiller_fits_before_the_first_loss_and_never_again(pair, mode):
 
 def test_loaded_weights_are_not_fitted_again(pair):
     student, teacher = pair
-    with Distiller(student, teacher) as distiller:
+    with Distiller(student, teacher=teacher) as distiller:
         a_step(distiller, student, IMAGES)
         with torch.no_grad():
             for parameter in distiller.parameters():
                 parameter.add_(0.5)
         plain, whole = distiller.state_dict(), distiller.training_state()
     for load in (lambda other: other.load_state_dict(plain), lambda other: other.load_training_state(whole)):
-        with Distiller(student, teacher) as other:
+        with Distiller(student, teacher=teacher) as other:
             load(other)
             a_step(other, student, IMAGES)
             assert all(torch.equal(tensor, plain[name]) for name, tensor in other.state_dict().items())
@@ -137,7 +137,7 @@ def test_loaded_weights_are_not_fitted_again(pair):
 
 def test_a_state_from_before_the_fit_is_fitted_again(pair):
     student, teacher = pair
-    with Distiller(student, teacher) as distiller:
+    with Distiller(student, teacher=teacher) as distiller:
         early = distiller.training_state()
         a_step(distiller, student, IMAGES)
         distiller.load_training_state(early)
@@ -149,7 +149,7 @@ def test_a_state_from_before_the_fit_is_fitted_again(pair):
 
 def test_maps_of_other_sizes_are_resized(pair):
     student, teacher = pair
-    with Distiller(student, teacher, {"resize": True}) as distiller:
+    with Distiller(student, teacher=teacher, config={"resize": True}) as distiller:
         student(IMAGES[..., :32, :32])
         distiller(IMAGES, BOXES)
         assert all(bool(adapter.fitted) for adapter in distiller.adapters.values())

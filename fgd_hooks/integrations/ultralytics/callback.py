@@ -75,6 +75,7 @@ class FGDCallback:
     def __init__(
         self,
         teacher: str | Path | nn.Module | Any = None,
+        *,
         config: FGDConfig | Mapping[str, Any] | str | Path | None = None,
         overrides: Sequence[str] | Mapping[str, Any] = (),
         **settings: Unpack[FGDSettings],
@@ -150,7 +151,7 @@ class FGDCallback:
         return {"teacher": files if several else files[0], "config": self.config}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["teacher"], state["config"])  # type: ignore[misc]
+        self.__init__(state["teacher"], config=state["config"])  # type: ignore[misc]
 
     @property
     def _acts(self) -> bool:

@@ -40,8 +40,9 @@ class _Examined(BaseException):
 
 
 def diagnose_training(
+    student: Any,
+    *,
     teacher: str | Path | Sequence[str | Path],
-    model: Any,
     data: str,
     config: FGDConfig,
     settings: dict[str, Any] | None = None,
@@ -49,8 +50,8 @@ def diagnose_training(
     """Check teacher, student and data as ``fgd train`` would put them together.
 
     Args:
+        student: a ``YOLO`` or ``RTDETR`` object.
         teacher: weights file, or several.
-        model: the student, a ``YOLO`` or ``RTDETR`` object.
         data: data yaml.
         config: of the distillation.
         settings: further ones of ``model.train()``: imgsz, batch, ...
@@ -58,23 +59,23 @@ def diagnose_training(
     settings = dict(settings or {})
     if settings.get("resume"):
         raise ConfigError("resume= makes no sense for a check-up; give the last.pt as model=.")
-    check_task(model, config.boxes_from)
+    check_task(student, config.boxes_from)
     files = as_list(teacher)
     modules = load_teachers(files)
     try:
         for module in modules:
             check_finite(module)
-            check_apart(model.model, module)
+            check_apart(student.model, module)
     except TeacherError as error:
         return Report((red("teacher", str(error), "Use another teacher file."),))
     measured: dict[str, Any] = {key: settings[key] for key in ("imgsz", "batch", "device") if key in settings}
     if not isinstance(measured.get("batch", 1), int) or measured.get("batch", 1) < 1:
         del measured["batch"]  # Ultralytics' automatic batch
-    trained = file_of(model) if getattr(model, "ckpt", None) else None
+    trained = file_of(student) if getattr(student, "ckpt", None) else None
     with quiet_ultralytics():
         # first, since it knows misspelt settings
-        findings = _examine(model, modules, files, named_config(config, teacher), {**settings, "data": data})
-        quality = [check_quality(str(file), trained, data, measured) for file in files]
+        findings = _examine(student, modules, files, named_config(config, teacher), {**settings, "data": data})
+        quality = [check_quality(trained, teacher=str(file), data=data, settings=measured) for file in files]
     return Report((*quality, *findings))
 
 
@@ -132,7 +133,7 @@ def _check(trainer: Any, session: TrainingSession) -> list[Finding]:
     return [green("cost", f"{cost}."), *report.findings]
 
 
-def check_quality(teacher: str, student: str | None, data: str, settings: dict[str, Any]) -> Finding:
+def check_quality(student: str | None, *, teacher: str, data: str, settings: dict[str, Any]) -> Finding:
     """Whether the teacher's file detects on the user's own validation images, and better than the student's.
 
     The student is None where it is not trained yet; ``settings`` are imgsz, batch and device.

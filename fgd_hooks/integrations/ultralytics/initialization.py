@@ -66,7 +66,7 @@ def inherit_into(trainer: Any, teacher: nn.Module, what: str | None) -> tuple[st
         return some_images(trainer)
 
     with _lent_texts(student, teacher):
-        report = initialize(student, teacher, what, parts[0], parts[1], images)
+        report = initialize(student, teacher=teacher, what=what, parts=parts[0], teacher_parts=parts[1], images=images)
     if report is None:
         return "", True
     if trainer.ema:

@@ -67,7 +67,7 @@ class TrainingSession:
         with torch.random.fork_rng(devices=[]):  # modules are made on the CPU; no GPU's generator is touched
             torch.default_generator.manual_seed(trainer.args.seed)  # adapters start alike in every run, on every rank
             teachers = [teacher.to(trainer.device) for teacher in teachers]
-            self.distiller = Distiller(self.model, teachers, with_score_taps(config, teachers))
+            self.distiller = Distiller(self.model, teacher=teachers, config=with_score_taps(config, teachers))
         self.distiller.taps.enabled = self.compiled
         self.parallel: nn.Module = self.distiller
         self.parameters = list(self.distiller.parameters())  # none with identity adapters and a loss without weights

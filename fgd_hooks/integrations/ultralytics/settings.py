@@ -27,7 +27,7 @@ class FGDSettings(TypedDict, total=False):
     """
 
     weight: float
-    every: int
+    interval: int
     student_taps: list[str] | None
     teacher_taps: list[str] | None
     levels: list[str] | None

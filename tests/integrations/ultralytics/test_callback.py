@@ -179,7 +179,7 @@ def test_resume_with_other_settings_says_so_and_keeps_those_of_the_beginning(tra
         caplog.clear()
         interrupted(train, teacher_file, "other", balance={"ratio": 2.0})
         other = YOLO(str(tmp_path / "other/weights/last.pt"))
-        train(FGDCallback(teacher_file, tmp_path / "other/fgd.yaml"), model=other, name="other", resume=True)
+        train(FGDCallback(teacher_file, config=tmp_path / "other/fgd.yaml"), model=other, name="other", resume=True)
         assert "(now" not in caplog.text
     finally:
         LOGGER.removeHandler(caplog.handler)
@@ -259,7 +259,7 @@ def test_adapters_stand_still_where_nothing_is_distilled_even_with_gradients_of_
         run = callback._sessions[trainer]
         seen.append({name: tensor.clone() for name, tensor in run.distiller.state_dict().items()})
 
-    callback = FGDCallback(teacher_file, schedule={"stop_epoch": 0.5})
+    callback = FGDCallback(teacher_file, schedule={"stop": 0.5})
     train(callback, epochs=2, hooks=[("on_train_batch_end", look)])
     first, second = seen[:5], seen[5:]
     assert not torch.equal(first[0]["adapters.P3.weight"], first[-1]["adapters.P3.weight"])
@@ -416,7 +416,7 @@ def test_families_and_class_counts_mix(student, teacher, levels):
         for _ in range(2):  # batch statistics: an untrained YOLO in eval mode has features near 0
             models[1](torch.rand(2, 3, 128, 128))
     models[0].args = get_cfg()
-    distiller = Distiller(*models, {"balance": {"mode": "fixed"}})
+    distiller = Distiller(models[0], teacher=models[1], config={"balance": {"mode": "fixed"}})
     assert distiller.level_names == levels
     batch = example_batch(128)
     loss, _ = models[0](batch)

@@ -48,12 +48,11 @@ def diagnosed(teacher_file, student_yaml, data, monkeypatch):
     from ultralytics import YOLO
 
     quality = Finding("green", "teacher's mAP", "not measured")
-    monkeypatch.setattr(ultralytics_doctor, "check_quality", lambda *_: quality)
+    monkeypatch.setattr(ultralytics_doctor, "check_quality", lambda *_, **__: quality)
 
     def run(*overrides, teacher=teacher_file, model=student_yaml, **settings):
-        return diagnose_training(
-            teacher, YOLO(str(model)), str(data), load_config(None, overrides), {**SMALL, **settings}
-        )
+        config, settings = load_config(None, overrides), {**SMALL, **settings}
+        return diagnose_training(YOLO(str(model)), teacher=teacher, data=str(data), config=config, settings=settings)
 
     return run
 
@@ -82,7 +81,7 @@ def test_command_on_the_users_own_data(teacher_file, student_yaml, data, tmp_pat
 def test_exit_codes(monkeypatch, teacher_file, student_yaml, data, capsys):
     def report(status):
         finding = Finding(status, "x", "y")
-        monkeypatch.setattr("fgd_hooks.cli.train.diagnose_training", lambda *_: Report((finding,)))
+        monkeypatch.setattr("fgd_hooks.cli.train.diagnose_training", lambda *_, **__: Report((finding,)))
 
     keys = ["doctor", f"teacher={teacher_file}", f"model={student_yaml}", f"data={data}"]
     for status, code, strict in (("green", 0, 0), ("yellow", 0, 1), ("red", 1, 1)):
@@ -109,7 +108,9 @@ def test_exit_codes(monkeypatch, teacher_file, student_yaml, data, capsys):
 )
 def test_the_teacher_against_the_student(maps, teacher, student, status, said):
     maps(teacher=teacher, student=student)
-    finding = check_quality("teacher.pt", "student.pt" if student is not None else None, "d.yaml", {})
+    finding = check_quality(
+        "student.pt" if student is not None else None, teacher="teacher.pt", data="d.yaml", settings={}
+    )
     assert finding.status == status
     assert said in finding.found
     assert bool(finding.mend) == (status != "green")
@@ -120,7 +121,9 @@ def test_the_students_own_weights_are_measured(maps, teacher_file, data):
     from ultralytics import YOLO
 
     maps(**{str(teacher_file).split(".")[0]: 0.4})
-    report = diagnose_training(teacher_file, YOLO(str(teacher_file)), str(data), load_config(), dict(SMALL))
+    report = diagnose_training(
+        YOLO(str(teacher_file)), teacher=teacher_file, data=str(data), config=load_config(), settings=dict(SMALL)
+    )
     assert report.of("teacher's mAP").status == "yellow"
 
 

@@ -100,7 +100,7 @@ def distil(train, task_data, monkeypatch):
             monkeypatch.setattr("ultralytics.engine.trainer.BaseTrainer.final_eval", lambda self: None)
         yolo = load_yolo(str(student))
         data = task_data(task_of(yolo))
-        train(FGDCallback(teacher, config), model=yolo, data=str(data), imgsz=size, **settings)
+        train(FGDCallback(teacher, config=config), model=yolo, data=str(data), imgsz=size, **settings)
         assert seen["levels"] == levels
         assert bool((torch.isfinite(seen["ratios"]) & (seen["ratios"] > 0)).all())
         # a level that the teacher lacks feeds perhaps none that is taught
@@ -240,10 +240,12 @@ def test_class_scores_are_found_where_a_head_has_them(tmp_path, name, found):
 @pytest.mark.parametrize("student", ["obb", pytest.param("rtdetr", marks=pytest.mark.slow)])
 def test_the_doctor(student, teacher_file, tmp_path, task_data, rtdetr, monkeypatch):
     quality = Finding("green", "teacher's mAP", "not measured")
-    monkeypatch.setattr(ultralytics_doctor, "check_quality", lambda *_: quality)
+    monkeypatch.setattr(ultralytics_doctor, "check_quality", lambda *_, **__: quality)
     model = load_yolo(str(rtdetr if student == "rtdetr" else tiny(tmp_path, "yolo26n-obb.yaml")))
     data = task_data(model.task)
     settings = {"imgsz": 64, "batch": 4, "workers": 0, "device": "cpu"}
-    report = ultralytics_doctor.diagnose_training(teacher_file, model, str(data), load_config(), settings)
+    report = ultralytics_doctor.diagnose_training(
+        model, teacher=teacher_file, data=str(data), config=load_config(), settings=settings
+    )
     assert {finding.name: finding.status for finding in report.troubles} == {}
     assert len(report.findings) > 10

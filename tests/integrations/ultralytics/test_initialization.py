@@ -125,9 +125,9 @@ def test_an_untrained_student_begins_as_a_thinned_teacher_and_a_trained_one_does
 
     train(FGDCallback(teacher_file), hooks=[("on_train_start", look)])
     expected, layer = detection_model(student_yaml), "model.1.conv.weight"
-    inherit_channels(expected, load_teacher(teacher_file))
+    inherit_channels(expected, teacher=load_teacher(teacher_file))
     assert torch.equal(expected.state_dict()[layer], teachers[layer][::2])
-    fit_channels(expected, load_teacher(teacher_file), seen["images"])
+    fit_channels(expected, teacher=load_teacher(teacher_file), images=seen["images"])
     for name, value in expected.state_dict().items():
         assert torch.equal(seen["model"][name], value), name
         assert torch.equal(seen["ema"][name], value), name
@@ -183,9 +183,9 @@ def test_a_student_that_is_fitted_to_its_teacher_and_then_trains_on_the_same_bat
     assert len({image.sum().item() for image in one}) > 32, "more images than the set has: augmented ones"
     assert seen["cache"] == augmented.get("cache", False), "the training's own settings are as they were"
     expected, teacher = detection_model(student_yaml), load_teacher(teacher_file)
-    inherit_channels(expected, teacher)
+    inherit_channels(expected, teacher=teacher)
     copied = expected.state_dict()["model.1.conv.weight"].clone()
-    fit_channels(expected, teacher, one)
+    fit_channels(expected, teacher=teacher, images=one)
     assert not torch.equal(expected.state_dict()["model.1.conv.weight"], copied)
     for name, value in expected.state_dict().items():
         assert torch.equal(seen["model"][name], value), name
@@ -320,8 +320,8 @@ def test_levels_of_other_strides_inherit_nothing(tmp_path):
 def test_a_teacher_that_is_fused_gives_nothing(like_teacher):
     student, teacher = detection_model(like_teacher), detection_model(like_teacher, seed=1)
     neck = {"neck": yolo_parts(student)["neck"]}
-    assert inherit(student, teacher, neck).kept == {}
-    result = inherit(student, teacher.fuse(verbose=False), neck)
+    assert inherit(student, teacher=teacher, parts=neck).kept == {}
+    result = inherit(student, teacher=teacher.fuse(verbose=False), parts=neck)
     assert not result.copied
     assert "is it fused?" in result.summary
 

@@ -12,7 +12,7 @@ from tests.diagnostics.test_tensorboard import hparams_of, layout_of, read
 
 
 def test_a_run_holds_its_settings_its_page_and_its_row(train, teacher_file, student_yaml):
-    callback = FGDCallback(teacher_file, every=2, balance={"ratio": 0.5}, schedule={"stop_epoch": None})
+    callback = FGDCallback(teacher_file, interval=2, balance={"ratio": 0.5}, schedule={"stop": None})
     yolo = train(callback, epochs=2, val=True, seed=5)
     folder = yolo.trainer.save_dir
 
@@ -25,9 +25,9 @@ def test_a_run_holds_its_settings_its_page_and_its_row(train, teacher_file, stud
     row = hparams_of(events)
     expected = {
         "fgd.teacher": "last.pt",
-        "fgd.every": 2,
+        "fgd.interval": 2,
         "fgd.balance.ratio": 0.5,
-        "fgd.schedule.stop_epoch": "never",
+        "fgd.schedule.stop": "never",
         "model": student_yaml.name,
         "epochs": 2,
         "batch": 4,

@@ -35,8 +35,8 @@ def test_every_keyword_is_taken():
 
 def test_repr_says_teacher_changes_and_whether_it_is_attached(teacher_file, student_yaml):
     assert repr(FGDCallback("t.pt")) == "<FGDCallback teacher='t.pt': not attached>"
-    callback = FGDCallback(teacher_file, weight=2.0, balance={"ratio": 0.5}, schedule={"stop_epoch": None})
-    settings = f"teacher='{teacher_file}', weight=2.0, balance.ratio=0.5, schedule.stop_epoch=None"
+    callback = FGDCallback(teacher_file, weight=2.0, balance={"ratio": 0.5}, schedule={"stop": None})
+    settings = f"teacher='{teacher_file}', weight=2.0, balance.ratio=0.5, schedule.stop=None"
     assert repr(callback) == f"<FGDCallback {settings}: not attached>"
     yolo = YOLO(str(student_yaml))
     callback.attach(yolo)

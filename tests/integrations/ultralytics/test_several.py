@@ -29,7 +29,7 @@ def test_two_teachers_and_two_losses_train_and_resume_and_leave_a_record(train, 
     def look(trainer):
         seen["distiller"] = callback.distiller(trainer)
 
-    callback = FGDCallback(teachers, config)
+    callback = FGDCallback(teachers, config=config)
     train(callback, hooks=[("on_train_batch_end", look)])
     distiller = seen["distiller"]
     first = [f"{level}-teacher1-{loss}" for level in ("P3", "P4", "P5") for loss in ("fgd", "cwd")]
@@ -51,7 +51,7 @@ def test_teachers_named_in_the_configuration(teacher_file, train, tmp_path):
     train(callback)
     assert columns(tmp_path / "run")["train/fgd_fg"] > 0
     with pytest.raises(ConfigError, match="teachers has 1 entries, but 2 teachers are given"):
-        FGDCallback(["a.pt", "b.pt"], {"teachers": [{"weight": 2}]})
+        FGDCallback(["a.pt", "b.pt"], config={"teachers": [{"weight": 2}]})
     for config in (None, {"teachers": [{"weight": 2}]}):
         with pytest.raises(ConfigError, match="There is no teacher"):
             FGDCallback(config=config)
