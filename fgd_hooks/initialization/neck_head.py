@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from fgd_hooks.taps.levels import collection, find_levels, observe, probe_input
-from fgd_hooks.taps.tap import Tap
+from fgd_hooks.taps.candidates import Chooser
+from fgd_hooks.taps.levels import find_levels, probes, tapped
+from fgd_hooks.taps.observation import Observation
 from fgd_hooks.utils.modules import own_tensors, unwrap
 from fgd_hooks.utils.preserve import preserve
 from fgd_hooks.utils.registry import suggestion
@@ -38,30 +39,17 @@ def find_parts(model: nn.Module, *, example: Any = None, role: str = "model") ->
         TapError: no feature levels were found.
     """
     model = unwrap(model)
-    example = probe_input(model) if example is None else example
-    taps = {level.tap for level in find_levels(model, example=example, role=role)}
+    taps = [level.tap for level in find_levels(model, example=example, role=role)]
     weighted = {name for name, module in model.named_modules() if own_tensors(module)}
-    calls: dict[str, int] = {}  # how many modules with weights had begun before this one
-    made: dict[int, tuple[int, Tensor]] = {}  # the same for each map; with it, as ids of what is gone are reused
-    first: list[Tensor] = []
-    levels: dict[Tap, Tensor] = {}
-
-    def see(tap: Tap, value: Any) -> None:
-        if tap.io == "input" and tap.module in weighted:
-            calls.setdefault(tap.module, len(calls))
-        maps = collection(value) or []
-        for item in [value, *(each for _, each in maps)]:
-            if isinstance(item, Tensor):
-                made.setdefault(id(item), (len(calls), item))
-        if maps and not first and not (tap.io == "input" and not tap.module):
-            first.extend(each for _, each in maps)
-        for key, item in maps:
-            if (level := Tap(tap.module, tap.io, (key,))) in taps:
-                levels[level] = item
-
     with preserve(model, probe=True):
-        observe(model, example, see)
-    begin, end = (max(made[id(item)][0] for item in maps) for maps in (first, levels.values()))
+        _, seen = next(probes(model, example, role))
+    levels = [place.number for tap in taps if (place := tapped(tap, seen)) is not None]
+    starts: dict[str, int] = {}  # when each module with weights began
+    for call in seen.calls:
+        if call.module in weighted:
+            starts.setdefault(call.module, call.start)
+    calls = {name: number for number, name in enumerate(starts)}
+    begin, end = (sum(start < max(numbers) for start in starts.values()) for numbers in (_first_list(seen), levels))
     neck = {name for name, number in calls.items() if begin <= number < end}
     head = {name for name, number in calls.items() if number >= end}
     found = zip(PARTS, (neck, head), strict=True)
@@ -96,6 +84,18 @@ def named_parts(model: nn.Module, parts: str | Parts, example: Any, role: str) -
             if name not in known:
                 raise ValueError(f"The {role} has no module {name!r} (part {part!r}). {suggestion(name, known[1:])}")
     return {part: list(names) for part, names in parts.items()}
+
+
+def _first_list(seen: Observation) -> set[int]:
+    """The numbers of the first maps of several sizes that a module is given, or returns, together."""
+    chooser = Chooser(seen)
+    moments = [(call.start, tree) for call in seen.calls if call.module for _, _, tree in call.inputs]
+    moments += [(call.end, call.output) for call in seen.calls if call.output is not None]
+    for _, tree in sorted(moments, key=lambda each: each[0]):
+        for maps in chooser.lists(tree):
+            if chooser.sizes(maps) > 1:
+                return {leaf.number for _, leaf in maps}
+    return {0}
 
 
 def _largest(model: nn.Module, members: set[str], others: set[str], name: str = "") -> Iterator[str]:

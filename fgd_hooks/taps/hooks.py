@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -10,8 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fgd_hooks.errors import LayoutError, TapError
-from fgd_hooks.taps.tap import Size, Tap, describe, expand_taps, replaced
+from fgd_hooks.taps.calls import call_model
+from fgd_hooks.taps.canvas import Size
+from fgd_hooks.taps.tap import Tap, describe, expand_taps, pick, replaced
 from fgd_hooks.utils.modules import unwrap
+
+logger = logging.getLogger("fgd_hooks")
 
 
 class StopForward(BaseException):
@@ -57,18 +62,36 @@ class _Hook(LiveHook):
         self.owner = owner
         self.members = members
         self.io = io
+        self.counts = any(owner.taps[position].runs > 1 for position in members)
+        self.calls = 0
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], value: Any) -> Any:
         """Called by torch as a forward pre-hook (``value``: keyword arguments) or as a forward hook (the output)."""
         if not self.owner.listening:
             return None
-        seen = value if self.io == "output" else first_argument(args, value)
-        given = self.owner._capture(self.members, seen)
+        number, self.calls = self.calls, self.calls + self.counts
+        seen = {"output": value, "kwargs": value, "args": args}.get(self.io)
+        if self.io == "input":
+            seen = first_argument(args, value)
+        given = self.owner._capture(self.members, seen, number)
         if given is seen:
             return None
         if self.io == "output":
             return given
+        if self.io != "input":
+            return (given, value) if self.io == "args" else (args, given)
         return ((given, *args[1:]), value) if args else (args, {**value, next(iter(value)): given})
+
+
+class _PassBegins(LiveHook):
+    """Forward pre-hook of a model some of whose modules run several times: their calls are counted anew."""
+
+    def __init__(self, hooks: Sequence[_Hook]) -> None:
+        self.hooks = hooks
+
+    def __call__(self, *_: Any) -> None:
+        for hook in self.hooks:
+            hook.calls = 0
 
 
 class _ImagesSeen(LiveHook):
@@ -181,6 +204,9 @@ class FeatureTaps:
         self._stop = stop
         self._features: dict[int, Tensor] = {}
         self._sizes: dict[str, Size] = {}
+        self._versions: dict[int, int] = {}
+        self._kept_apart = {position for position, tap in enumerate(self.taps) if tap.rewritten}
+        self._said: set[str] = set()
         self._handles: list[Any] = []
         modules = dict(unwrap(model).named_modules())
         groups: dict[tuple[str, str], list[int]] = {}
@@ -188,12 +214,17 @@ class FeatureTaps:
             if tap.module not in modules:
                 expand_taps(model, [tap])  # raises with the nearest names
             groups.setdefault((tap.module, tap.io), []).append(position)
+        self._hooks: list[_Hook] = []
         for (name, io), members in groups.items():
             hook = _Hook(self, members, io)
-            if io == "input":
-                self._handles.append(modules[name].register_forward_pre_hook(hook, with_kwargs=True))
-            else:
+            self._hooks.append(hook)
+            if io == "output":
                 self._handles.append(modules[name].register_forward_hook(hook))
+            else:
+                self._handles.append(modules[name].register_forward_pre_hook(hook, with_kwargs=True))
+        if any(hook.counts for hook in self._hooks):
+            begins = _PassBegins(self._hooks)
+            self._handles.append(unwrap(model).register_forward_pre_hook(begins, prepend=True))
         for name in {tap.layout.images for tap in self.taps if tap.layout and tap.layout.cell}:
             watch = _ImagesSeen(self, name)
             self._handles.append(modules[name].register_forward_pre_hook(watch, with_kwargs=True, prepend=True))
@@ -213,32 +244,71 @@ class FeatureTaps:
         """Whether a forward pass that ran now would be captured."""
         return self.enabled and (not self._grad_only or torch.is_grad_enabled())
 
-    def _capture(self, members: list[int], value: Any) -> Any:
-        """Keep the maps of some taps; returns what the model shall go on with."""
+    def _capture(self, members: list[int], value: Any, number: int = 0) -> Any:
+        """Keep the maps of some taps, seen in one call of their module; returns what the model shall go on with."""
         for position in members:
-            feature = self._pick(position, value)
-            layout = self.taps[position].layout
-            if layout is None:
-                self._check_map(position, feature)
-                self._features[position] = feature
+            tap = self.taps[position]
+            if tap.runs > 1 and number % tap.runs != (tap.runs - 1 if tap.call is None else tap.call):
                 continue
+            feature = self._pick(position, value)
+            apart = position in self._kept_apart
+            if tap.layout is None:
+                self._check_map(position, feature)
+                self._keep(position, feature)
+                if apart:  # what follows in place then changes a copy
+                    value = replaced(value, tap.index, feature.clone())
+                continue
+            images = self._sizes.get(tap.layout.images)
             try:
-                self._features[position] = layout.to_map(feature, self._sizes.get(layout.images))
+                kept = tap.layout.to_map(feature, images)
             except LayoutError as error:
                 self._complain(position, f"it saw {describe(feature)}; {error}")
+            kept = kept.clone() if apart else kept
+            self._keep(position, kept)
             if self._grad_only:
                 # a student goes on from the map itself: the gradient of its task is then that of the map, too
-                again = layout.from_map(self._features[position], feature)
-                value = replaced(value, self.taps[position].index, again)
+                again = tap.layout.from_map(kept, feature, images)
+                value = replaced(value, tap.index, again.clone() if apart else again)
         if self._stop and len(self._features) == len(self.taps):
             raise StopForward
         return value
 
+    def _keep(self, position: int, feature: Tensor) -> None:
+        if self._grad_only and not torch.compiler.is_compiling():
+            if torch._C._current_graph_task_id() != -1:
+                return  # activation checkpointing runs a part of the model again in the backward pass
+            if position in self._features:
+                self._say_once(
+                    "The student's tap %s fired several times since the last call of the distiller: several passes of "
+                    "the student in one step? The last is distilled; call the distiller once after each pass.",
+                    self.taps[position],
+                )
+            if not feature.is_inference():
+                self._versions[position] = feature._version
+        self._features[position] = feature
+
+    def _say_once(self, text: str, *values: object) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            logger.warning(text, *values)
+
+    def _check_unchanged(self, features: Mapping[int, Tensor]) -> None:
+        """Say which maps were written to in place since they were captured, and keep them apart from now on."""
+        for position, version in self._versions.items():
+            feature = features.get(position)
+            if feature is not None and feature._version != version and position not in self._kept_apart:
+                self._kept_apart.add(position)
+                self._say_once(
+                    "What the student's tap %s captures is changed in place behind it; from the next step on it is "
+                    "kept as it was.",
+                    self.taps[position],
+                )
+
     def _pick(self, position: int, value: Any) -> Any:
         for key in self.taps[position].index:
             try:
-                value = value[key]
-            except (KeyError, IndexError, TypeError):
+                value = pick(value, (key,))
+            except (KeyError, IndexError, TypeError, AttributeError):
                 self._complain(position, f"there is no entry [{key}] in {describe(value)}")
         if not isinstance(value, Tensor):
             self._check_map(position, value)
@@ -249,7 +319,7 @@ class FeatureTaps:
             self._complain(position, f"it saw {describe(value)}; expected a feature map of shape (N, C, H, W)")
 
     def _complain(self, position: int, reason: str) -> NoReturn:
-        self._features.clear()
+        self._forget()
         raise TapError(f"The {self.role}'s tap {self.taps[position]} cannot be used: {reason}.")
 
     def pop(self) -> list[Tensor]:
@@ -258,7 +328,9 @@ class FeatureTaps:
         Raises:
             TapError: a tap did not fire, or a feature of ``grad_only`` taps takes no gradient.
         """
-        features, self._features = self._features, {}
+        features = self._features
+        self._check_unchanged(features)
+        self._forget()
         missing = [str(tap) for position, tap in enumerate(self.taps) if position not in features]
         if missing:
             raise TapError(
@@ -284,14 +356,19 @@ class FeatureTaps:
 
     def clear(self) -> None:
         """Forget what was captured."""
-        self._features.clear()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._features, self._versions = {}, {}
+        for hook in self._hooks:
+            hook.calls = 0
 
     def detach(self) -> None:
         """Remove all hooks and forget what was captured. May be called again."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._features.clear()
+        self._forget()
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
@@ -319,9 +396,15 @@ class FeatureTaps:
         self.detach()
 
 
-def run_until_tapped(model: nn.Module, taps: FeatureTaps, *args: Any) -> list[Tensor]:
-    """Call ``model(*args)`` and return the tapped features; the pass ends after the last tap if ``taps`` stop it."""
+def run_until_tapped(model: nn.Module, taps: FeatureTaps, inputs: Any) -> list[Tensor]:
+    """Call the model and return the tapped features; the pass ends after the last tap if ``taps`` stop it.
+
+    Args:
+        model: the model that is tapped.
+        taps: where.
+        inputs: what it is called with, in any form of :func:`fgd_hooks.taps.calls.call_model`.
+    """
     taps.clear()
     with contextlib.suppress(StopForward):
-        model(*args)
+        call_model(model, inputs)
     return taps.pop()

@@ -1,23 +1,27 @@
-"""A model's feature levels, measured by a probe, and the pairing of student and teacher levels by stride."""
+"""A model's feature levels, found or named, and measured by a forward pass that leaves no trace."""
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fgd_hooks.errors import LayoutError, PairingError, TapError
-from fgd_hooks.taps.hooks import FeatureTaps, first_argument, run_until_tapped
-from fgd_hooks.taps.tap import Size, Tap, describe, expand_taps, fits, infer_layout
+from fgd_hooks.taps.candidates import Candidate, Chooser, Place
+from fgd_hooks.taps.canvas import Size, stride_of
+from fgd_hooks.taps.hooks import FeatureTaps, run_until_tapped
+from fgd_hooks.taps.observation import Leaf, ModuleCall, Observation, Path, Tree, leaves
+from fgd_hooks.taps.probe import PROBE_SIZE, fixed_size, probe_input, probes
+from fgd_hooks.taps.tap import Tap, expand_taps
+from fgd_hooks.taps.tokens import ImagePath, Memory, last_tokens
 from fgd_hooks.utils.modules import unwrap
 from fgd_hooks.utils.preserve import preserve
 
-logger = logging.getLogger("fgd_hooks")
+BEFORE_ENCODER = "before-encoder"
+"""In place of taps: the maps that a detector's encoder of tokens takes, instead of those that it returns."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,14 @@ class Level:
         channels: C of its (N, C, H, W) map.
         stride: input pixels per cell.
         size: (H, W) of the map at the probe.
+        canvas: (h, w) in pixels of the probe's images.
     """
 
     tap: Tap
     channels: int
     stride: int
-    size: tuple[int, int]
+    size: Size
+    canvas: Size = (0, 0)
 
     @property
     def name(self) -> str:
@@ -67,35 +73,269 @@ def find_levels(
     role: str = "model",
     size: Size | None = None,
 ) -> list[Level]:
-    """The feature levels of a model, finest first, measured by one forward pass that leaves no trace.
+    """The feature levels of a model, finest first, measured by a forward pass that leaves no trace.
 
     Args:
         model: any detector or backbone.
-        taps: where the levels are (names, globs, :class:`Tap`); None: the maps that feed the model's head, found as
-            the last list or dict of maps of different sizes that a module receives (or, where none does, returns);
-            of a plain vision transformer of timm its last tokens. A tap that holds a list or dict of maps gives a
-            level for each.
-        example: what the model is called with; None: zeros of ``size`` pixels. Its first tensor's size is the canvas
-            against which strides are measured.
+        taps: where the levels are (names, globs, :class:`Tap`); a tap that holds several maps gives a level for each.
+            None: the maps that the head works on, the last that are given to a module as a list (or to calls of one
+            module, or as three and more arguments), or returned as one and used by modules later. Of a detector with
+            an encoder of tokens (the DETR family): what the encoder returns; ``["before-encoder"]``: what it takes. Of
+            a plain vision transformer that says how many tokens have no place: its last tokens.
+        example: what the model is called with, in any form of :func:`fgd_hooks.taps.calls.call_model`; None: zeros,
+            of sizes and channels that the model may take. The size of its first images is the canvas against which
+            strides are measured.
         role: "student" or "teacher", for messages.
-        size: (h, w) of the zeros; None: see :func:`probe_input`.
+        size: (h, w) of the zeros that are tried first.
 
     Raises:
-        TapError: a tap names no module, did not fire or holds no feature map, or no levels were found.
+        TapError: the model cannot be run, a tap names no module, did not fire or holds no feature map, or no levels
+            were found.
     """
     model = unwrap(model)
-    if example is None:
-        example = probe_input(model, size)
-    canvas = _canvas(example)
+    named = None if taps is None or list(taps) == [BEFORE_ENCODER] else expand_taps(model, taps)
+    if taps is None:
+        _refuse_own_transform(model, role)
     with preserve(model, probe=True):
-        if taps is None:
-            found = _find_head_inputs(model, example, role)
-        else:
-            named = _expand_collections(model, expand_taps(model, taps), example, role)
-            with FeatureTaps(model, named, role=role, stop=True) as probe:
-                found = list(zip(named, run_until_tapped(model, probe, example), strict=True))
-    levels = [_measure(tap, feature, canvas) for tap, feature in found]
-    return sorted(levels, key=lambda level: level.stride)
+        passes = probes(model, example, role, size, named)
+        for inputs, seen in passes:
+            if named is not None:
+                resolved_taps = _layouts(model, named, seen, role)
+                _check_tokens(named, resolved_taps, ImagePath(model, seen), seen, passes, role)
+                levels = _measured(model, resolved_taps, inputs, seen, role)
+            else:
+                levels = _found(model, seen, encoder=taps is None)
+            if levels:
+                return sorted(levels, key=lambda level: level.stride)
+    raise TapError(
+        f"No feature levels were found in the {role} ({type(model).__name__}): no list or dict of feature maps of "
+        f"different sizes is given to a module, or returned and used by modules later. Name the taps, for example "
+        f"{_fitting(seen)}."
+    )
+
+
+def _refuse_own_transform(model: nn.Module, role: str) -> None:
+    if type(getattr(model, "transform", None)).__name__ == "GeneralizedRCNNTransform" and "__call__" not in vars(
+        type(model)
+    ):
+        raise TapError(
+            f"The {role} ({type(model).__name__}) is a detector of torchvision, which resizes, normalises and pads its "
+            "images itself, so boxes and maps do not share the canvas of what goes in. Use "
+            "fgd_hooks.integrations.torchvision.TorchvisionDistiller(student, teacher); beside a model of another kind "
+            "give OnBatch(detector) of that module in its place (docs/torchvision.md)."
+        )
+
+
+# Levels that are found
+
+
+def _found(model: nn.Module, seen: Observation, encoder: bool = True) -> list[Level]:
+    """The levels of a model, in no order; none where it has none."""
+    chooser = Chooser(seen)
+    path = ImagePath(model, seen)
+    best = chooser.best()
+    memory = Memory(chooser)
+    if memory.tokens is not None and (best is None or not encoder or memory.tokens.number > best.birth):
+        if not encoder:
+            return [_level(chooser, place, path) for place in memory.maps]
+        return [
+            Level(
+                tap, memory.tokens.leaf.shape[2], tap.layout.cell or 1, chooser.size(place.leaf) or (0, 0), seen.canvas
+            )
+            for tap, place in zip(memory.taps(path), memory.maps, strict=True)
+            if tap.layout
+        ]
+    if best is None or len({chooser.size(place.leaf) for place in best.places}) == 1:
+        tokens = last_tokens(chooser, path)
+        if tokens and (best is None or not best.strong):
+            return [_token_level(tap, place.leaf, seen.canvas) for tap, place in tokens]
+    return [] if best is None else [_level(chooser, place, path) for place in _places(best, chooser)]
+
+
+def _places(best: Candidate, chooser: Chooser) -> list[Place]:
+    """Where to take the maps: as early as a single module returns them."""
+    calls = [call for call in chooser.seen.calls if call.module and chooser.seen.runs(call.module) == 1]
+    if best.kind == "own":
+        for call in sorted(calls, key=lambda each: each.end):
+            inside = {leaf.number: path for path, leaf in leaves(call.output)}
+            if isinstance(call.output, list) and best.numbers <= inside.keys():
+                return [replace(p, call=call, path=inside[p.number]) for p in best.places]
+    if best.kind == "calls":
+        made = {call.output.number: call for call in reversed(calls) if isinstance(call.output, Leaf)}
+        return [replace(p, call=made[p.number], io="output") if p.number in made else p for p in best.places]
+    return best.places
+
+
+def _level(chooser: Chooser, place: Place, path: ImagePath) -> Level:
+    seen, leaf = chooser.seen, place.leaf
+    tap = path.with_layout(_tap(place, seen), leaf) if len(leaf.shape) == 4 else _tap(place, seen)
+    size = chooser.size(leaf) or (leaf.shape[2], leaf.shape[3])
+    return Level(tap, chooser.width(leaf), stride_of(size, seen.canvas), size, seen.canvas)
+
+
+def _tap(place: Place, seen: Observation) -> Tap:
+    call = place.call
+    runs = seen.runs(call.module)
+    return Tap(
+        call.module,
+        place.io,  # type: ignore[arg-type]
+        place.path,
+        call=call.number if runs > 1 else None,
+        runs=runs,
+        rewritten=_rewritten(place.number, place.io, call, seen),
+    )
+
+
+def _rewritten(number: int, io: str, call: ModuleCall, seen: Observation) -> bool:
+    return seen.flow.changed.get(number, -1) > (call.end if io == "output" else call.start)
+
+
+def _token_level(tap: Tap, leaf: Leaf, canvas: Size) -> Level:
+    layout = tap.layout
+    assert layout is not None and layout.cell is not None  # tokens that have a layout have a cell
+    return Level(tap, leaf.shape[2], layout.cell, layout.grid(leaf.shape[1], canvas), canvas)
+
+
+def _fitting(seen: Observation) -> str:
+    """Taps that would do: for each stride the last module that returns a map which covers the images."""
+    chooser = Chooser(seen)
+    last: dict[int, tuple[str, int]] = {}
+    for call in sorted(seen.calls, key=lambda each: each.end):
+        if call.module and isinstance(call.output, Leaf) and (size := chooser.size(call.output)):
+            last[stride_of(size, seen.canvas)] = (call.module, chooser.width(call.output))
+    if not last:
+        return "['neck.p3', 'neck.p4', 'neck.p5']"
+    taps = [(stride, *last[stride]) for stride in sorted(last)][-4:]
+    listed = ", ".join(f"{name} (stride {stride}, {width} channels)" for stride, name, width in taps)
+    return f"{[name for _, name, _ in taps[-3:]]}; maps that cover the images come last from {listed}"
+
+
+# Levels that are named
+
+
+def _layouts(model: nn.Module, named: Sequence[Tap], seen: Observation, role: str) -> list[Tap]:
+    """The taps, one for each map, with what the probe tells of them."""
+    chooser, path = Chooser(seen), ImagePath(model, seen)
+    taps: list[Tap] = []
+    for tap in named:
+        call = _call(tap, seen)
+        if call is None:  # the real probe tells
+            taps.append(tap)
+            continue
+        tree = _tree(call, tap)
+        maps = [(where, leaf) for where, leaf in leaves(tree) if len(leaf.shape) == 4] if isinstance(tree, list) else []
+        those = [(where, leaf) for where, leaf in maps if chooser.size(leaf)] or maps
+        whole: list[tuple[Path, Tree | None]] = [*those] or [((), tree)]
+        runs = seen.runs(tap.module)
+        for where, leaf in whole:
+            number = leaf.number if isinstance(leaf, Leaf) else -1
+            each = replace(
+                tap,
+                index=(*tap.index, *where),
+                call=call.number if runs > 1 else None,
+                runs=runs,
+                rewritten=_rewritten(number, tap.io, call, seen),
+            )
+            try:
+                taps.append(path.with_layout(each, leaf))
+            except LayoutError as error:
+                shape = getattr(leaf, "shape", ())
+                raise TapError(
+                    f"The {role}'s tap {each} cannot be used: it saw a tensor of shape {shape}; {error}."
+                ) from None
+    return taps
+
+
+def _check_tokens(
+    named: Sequence[Tap],
+    taps: list[Tap],
+    path: ImagePath,
+    seen: Observation,
+    passes: Iterator[tuple[Any, Observation]],
+    role: str,
+) -> None:
+    """Refuse tokens whose number does not go with the size of the images (queries), where the model takes another.
+
+    Raises:
+        TapError: names the tap.
+    """
+    said = {tap.module for tap in named if tap.layout is not None}
+    guessed = [
+        tap
+        for tap in taps
+        if tap.layout is not None and tap.layout.cell and tap.module not in said and not path.says(tap.module)
+    ]
+    other = next((other for _, other in passes if other.canvas != seen.canvas), None) if guessed else None
+    for tap in guessed if other is not None else ():
+        one, two = tapped(tap, seen), tapped(tap, other)  # type: ignore[arg-type]
+        if one is not None and two is not None and one.shape[1] == two.shape[1]:
+            raise TapError(
+                f"The {role}'s tap {replace(tap, layout=None)} cannot be used: it saw a tensor of shape {one.shape} "
+                "for images of any size, so these are no tokens of an image. If they are, say it in the tap: "
+                "'blocks.11@16+1' means one token for each 16 x 16 pixels, after 1 that has no place."
+            )
+
+
+def _call(tap: Tap, seen: Observation) -> ModuleCall | None:
+    """The call of a module that a tap means.
+
+    Raises:
+        TapError: the module runs for several levels, or not so often.
+    """
+    calls = [call for call in seen.calls if call.module == tap.module]
+    if not calls:
+        return None
+    if tap.call is not None:
+        if tap.call >= len(calls):
+            raise TapError(f"The tap {tap} cannot be used: its module runs {len(calls)} time(s) in one forward pass.")
+        return calls[tap.call]
+    shapes = {getattr(_tree(call, tap), "shape", None) for call in calls}
+    if len(calls) > 1 and len(shapes) > 1:
+        raise TapError(
+            f"The module of the tap {tap} runs {len(calls)} times in one forward pass (shared by several levels?), so "
+            f"it is not clear which of its maps is meant. Name a module that runs once, or one of the calls, for "
+            f"example {replace(tap, call=0)}."
+        )
+    return calls[-1]
+
+
+def _tree(call: ModuleCall, tap: Tap) -> Tree | None:
+    """What a tap leads to; None where it leads to no tensor."""
+    if tap.io == "output":
+        return _inside(call.output, tap.index)
+    for io, prefix, tree in call.inputs:
+        if tap.io == "input" and io == "input":
+            return _inside(tree, tap.index)
+        if io == tap.io and tap.index[: len(prefix)] == prefix:
+            return _inside(tree, tap.index[len(prefix) :])
+    return None
+
+
+def tapped(tap: Tap, seen: Observation) -> Leaf | None:
+    """The tensor that a resolved tap sees in a pass; None where it sees none."""
+    call = _call(tap, seen)
+    tree = None if call is None else _tree(call, tap)
+    return tree if isinstance(tree, Leaf) else None
+
+
+def _inside(tree: Tree | None, keys: Sequence[int | str]) -> Tree | None:
+    for key in keys:
+        if not isinstance(tree, list):
+            return None
+        if isinstance(key, int) and key < 0 and tree:
+            key += int(tree[-1][0]) + 1 if isinstance(tree[-1][0], int) else 0
+        tree = dict(tree).get(key)
+    return tree
+
+
+def _measured(model: nn.Module, taps: list[Tap], inputs: Any, seen: Observation, role: str) -> list[Level]:
+    with FeatureTaps(model, taps, role=role, stop=True) as probe:
+        features: list[Tensor] = run_until_tapped(model, probe, inputs)
+    levels = []
+    for tap, feature in zip(taps, features, strict=True):
+        size = (int(feature.shape[2]), int(feature.shape[3]))
+        levels.append(Level(tap, int(feature.shape[1]), stride_of(size, seen.canvas), size, seen.canvas))
+    return levels
 
 
 def find_sources(model: nn.Module, taps: Sequence[Tap], *, example: Any = None) -> list[str | None]:
@@ -107,273 +347,33 @@ def find_sources(model: nn.Module, taps: Sequence[Tap], *, example: Any = None) 
         example: as for :func:`find_levels`.
 
     Returns:
-        One name per tap; None for a map that no module returns as it is (a sum, or an entry of a dict).
+        One name per tap; None for a map that no module returns as it is (a sum, or an entry of a dict), and for a
+        module that runs several times.
     """
     model = unwrap(model)
-    made: dict[int, tuple[Tensor, str]] = {}  # the tensors too: an id is reused once its owner is gone
-    sources: dict[Tap, str] = {tap: tap.module for tap in taps if tap.io == "output" and not tap.index}
-
-    def see(tap: Tap, value: Any) -> None:
-        if tap.io == "output":
-            if isinstance(value, Tensor):
-                made[id(value)] = value, tap.module
-            return
-        for wanted in taps:
-            if (wanted.module, wanted.io) == (tap.module, "input"):
-                item = value
-                for key in wanted.index:
-                    item = item[key]
-                if id(item) in made:
-                    sources[wanted] = made[id(item)][1]
-
-    if any(tap.io == "input" for tap in taps):
+    sources: dict[Tap, str] = {
+        tap: tap.module for tap in taps if tap.io == "output" and not tap.index and tap.runs == 1
+    }
+    if any(tap.io != "output" for tap in taps):
         with preserve(model, probe=True):
-            observe(model, probe_input(model) if example is None else example, see)
+            _, seen = next(probes(model, example, taps=taps))
+        made = {call.output.number: call.module for call in seen.calls if isinstance(call.output, Leaf)}
+        for tap in taps:
+            leaf = tapped(tap, seen) if tap.io != "output" else None
+            if leaf is not None and leaf.number in made and seen.runs(made[leaf.number]) == 1:
+                sources[tap] = made[leaf.number]
     return [sources.get(tap) for tap in taps]
 
 
-def _canvas(example: Any) -> tuple[int, int]:
-    while isinstance(example, (list, tuple)):
-        example = example[0]
-    if not isinstance(example, Tensor):
-        raise TapError(f"The probe's example must be a tensor or a list of tensors, not {type(example).__name__}.")
-    return int(example.shape[-2]), int(example.shape[-1])
-
-
-def _measure(tap: Tap, feature: Tensor, canvas: tuple[int, int]) -> Level:
-    height, width = int(feature.shape[2]), int(feature.shape[3])
-    stride = max(1, round(math.sqrt(canvas[0] / height * canvas[1] / width)))
-    return Level(tap, int(feature.shape[1]), stride, (height, width))
-
-
-def collection(value: Any) -> list[tuple[int | str, Tensor]] | None:
-    """The maps of a list, tuple or dict of at least two feature maps of different sizes; None for anything else."""
-    if isinstance(value, Mapping):
-        items = list(value.items())
-    elif isinstance(value, (list, tuple)):
-        items = list(enumerate(value))
-    else:
-        return None
-    maps = [(key, item) for key, item in items if isinstance(item, Tensor) and item.ndim == 4]
-    sizes = {tuple(item.shape[2:]) for _, item in maps}
-    return maps if len(maps) >= 2 and len(sizes) == len(maps) else None
-
-
-def _find_head_inputs(model: nn.Module, example: Any, role: str) -> list[tuple[Tap, Tensor]]:
-    inputs: list[tuple[Tap, Tensor]] = []
-    outputs: list[tuple[Tap, Tensor]] = []
-    single: list[tuple[Tap, Tensor]] = []
-    images = ImagePath(model, _canvas(example))
-
-    def see(tap: Tap, value: Any) -> None:
-        images.see(tap, value)
-        single[:] = _single_level(tap, value, images, single) or single
-        maps = collection(value)
-        if maps and not (tap.io == "input" and not tap.module):
-            found = inputs if tap.io == "input" else outputs
-            if not (tap.module or not found):
-                return  # what the model itself returns counts only when no module inside returns levels
-            found[:] = [(replace(tap, index=(key,)), item) for key, item in maps]
-
-    failure = observe(model, example, see)
-    if inputs or outputs:
-        return [_as_map(images.with_layout(tap, item), item, images) for tap, item in inputs or outputs]
-    if single and failure is None:
-        return [_as_map(tap, item, images) for tap, item in single]
-    if failure is not None:
-        raise TapError(
-            f"The probe of the {role} ({type(model).__name__}) failed: {failure}. Pass an example input that the "
-            "model accepts, or name the taps."
-        ) from failure
-    raise TapError(
-        f"No feature levels were found in the {role} ({type(model).__name__}): no module receives or returns a list "
-        "or dict of feature maps of different sizes. Name the taps, for example ['neck.p3', 'neck.p4', 'neck.p5']."
-    )
-
-
-def _as_map(tap: Tap, item: Tensor, images: ImagePath) -> tuple[Tap, Tensor]:
-    return tap, item if tap.layout is None else tap.layout.to_map(item, images.canvas)
-
-
-def _single_level(
-    tap: Tap, value: Any, images: ImagePath, before: list[tuple[Tap, Tensor]]
-) -> list[tuple[Tap, Tensor]]:
-    """What serves as the one level of a model without a pyramid, the last such value of a pass; empty for another.
-
-    The tokens of a vision transformer that says how many of them have no place, as wide as ``before`` (a head's output
-    is not); or the last of the maps that the model returns (timm's ``features_only``).
-    """
-    if tap.io == "output" and isinstance(value, Tensor) and value.ndim == 3 and images.prefix(tap.module) is not None:
-        if any(value.shape[2] != each.shape[-1] for _, each in before):
-            return []
-        try:
-            return [(images.with_layout(tap, value), value)]
-        except LayoutError:
-            return []
-    if tap == Tap("") and isinstance(value, (list, tuple)) and value:
-        maps = [isinstance(each, Tensor) and each.ndim == 4 and fits(each.shape[2:], images.canvas) for each in value]
-        if all(maps):
-            return [(Tap("", index=(len(value) - 1,)), value[-1])]
-    return []
-
-
-def _expand_collections(model: nn.Module, taps: list[Tap], example: Any, role: str) -> list[Tap]:
-    """Replace each tap that holds a list or dict of maps by one tap for each of its maps, and find their layouts."""
-    seen: dict[Tap, Any] = {}
-    calls = dict.fromkeys(taps, 0)
-    images = ImagePath(model, _canvas(example))
-
-    def see(place: Tap, value: Any) -> None:
-        images.see(place, value)
-        for tap in calls:
-            if (tap.module, tap.io) == (place.module, place.io):
-                calls[tap] += not tap.index
-                seen[tap] = value
-
-    observe(model, example, see)  # a failure that matters comes again, and is told, in the real probe
-    for tap, count in calls.items():
-        if count > 1:
-            raise TapError(
-                f"The module of the tap {tap} runs {count} times in one forward pass (shared by several levels?), so "
-                "it is not clear which of its maps is meant. Name a module that runs once."
-            )
-    expanded: list[Tap] = []
-    for tap in taps:
-        value = _entry(seen.get(tap), tap)
-        maps = collection(value) or []
-        for each, item in [(replace(tap, index=(*tap.index, key)), item) for key, item in maps] or [(tap, value)]:
-            try:
-                expanded.append(images.with_layout(each, item))
-            except LayoutError as error:
-                raise TapError(f"The {role}'s tap {each} cannot be used: it saw {describe(item)}; {error}.") from None
-    return expanded
-
-
-def _entry(value: Any, tap: Tap) -> Any:
-    """What a tap's index leads to; None where there is no such entry, which the real probe tells."""
-    try:
-        for key in tap.index:
-            value = value[key]
-    except (KeyError, IndexError, TypeError):
-        return None
-    return value
-
-
-PROBE_SIZE = 256  # pixels, square: divisible by every stride in use (up to P7 = 128)
-
-
-def probe_input(model: nn.Module, size: int | Size | None = None) -> Tensor:
-    """Zeros of shape (1, C, h, w) with the device, dtype and channels of the model's first convolution.
-
-    Args:
-        model: any detector or backbone.
-        size: (h, w), or the side of a square, in pixels; None: the one size that the model takes, if it is such a
-            model (see :func:`fixed_size`), else 256.
-    """
-    size = (size or fixed_size(model) or PROBE_SIZE) if not isinstance(size, tuple) else size
-    height, width = (size, size) if isinstance(size, int) else size
-    convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if convolution is not None:
-        return convolution.weight.new_zeros(1, convolution.in_channels, height, width)
-    parameter = next(model.parameters(), torch.empty(0))
-    return parameter.new_zeros(1, 3, height, width)
-
-
-def fixed_size(model: nn.Module) -> Size | None:
-    """The (h, w) in pixels of the only images that a model of timm takes; None for a model that takes any."""
-    for module in model.modules():
-        if hasattr(module, "strict_img_size"):  # of a patch embedding
-            size = getattr(module, "img_size", None)
-            return (int(size[0]), int(size[1])) if module.strict_img_size and isinstance(size, tuple) else None
-    for module in model.modules():
-        settings = getattr(module, "pretrained_cfg", None)
-        if isinstance(settings, Mapping) and settings.get("fixed_input_size"):
-            return int(settings["input_size"][1]), int(settings["input_size"][2])
-    return None
-
-
-def observe(model: nn.Module, example: Any, see: Callable[[Tap, Any], None]) -> Exception | None:
-    """Run the model and show each module's input and output to ``see``; the error that ended the pass, if any."""
-    names = {module: name for name, module in model.named_modules()}
-
-    def pre(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        see(Tap(names[module], "input"), first_argument(args, kwargs))
-
-    def post(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        see(Tap(names[module]), output)
-
-    handles = [module.register_forward_pre_hook(pre, with_kwargs=True) for module in names]
-    handles += [module.register_forward_hook(post) for module in names]
-    try:
-        model(example)
-    except Exception as error:  # a head that only runs in training may fail after its inputs were seen
-        return error
-    finally:
-        for handle in handles:
-            handle.remove()
-    return None
-
-
-class ImagePath:
-    """Which modules an image batch goes into, and what layout the features behind them have.
-
-    Args:
-        model: the model that is probed.
-        canvas: (h, w) in pixels of the images that it is probed with.
-    """
-
-    def __init__(self, model: nn.Module, canvas: Size) -> None:
-        self.model = model
-        self.canvas = canvas
-        self.modules: list[str] = []
-
-    def see(self, tap: Tap, value: Any) -> None:
-        """Take note of a module whose input has the size of the canvas."""
-        if tap.io == "input" and isinstance(value, Tensor) and value.ndim == 4 and value.shape[-2:] == self.canvas:
-            self.modules.append(tap.module)
-
-    def prefix(self, module: str) -> int | None:
-        """What the innermost model around a module says about its tokens without a place (timm's do)."""
-        for name in _around(module):
-            number = getattr(self.model.get_submodule(name), "num_prefix_tokens", None)
-            if isinstance(number, int):
-                return number
-        return None
-
-    def source(self, module: str) -> str:
-        """The module that the images go into on their way to another: the last one in the closest part around both.
-
-        That is the patch embedding as a rule. It runs whatever method of the model is called (``forward_features``).
-        """
-        for part in _around(module):
-            inside = [name for name in self.modules if not part or name == part or name.startswith(f"{part}.")]
-            if inside:
-                return inside[-1]
-        return ""
-
-    def with_layout(self, tap: Tap, value: Any) -> Tap:
-        """The tap with the layout of what it saw.
-
-        Raises:
-            LayoutError: the layout cannot be told.
-        """
-        layout = tap.layout
-        if layout is None:
-            known = self.prefix(tap.module)
-            try:
-                layout = infer_layout(value, self.canvas, known)
-            except LayoutError:
-                if not known:
-                    raise
-                layout = infer_layout(value, self.canvas, 0)  # before the class token is put in front
-        if layout is not None and layout.cell is not None:
-            layout = replace(layout, images=self.source(tap.module))
-        return replace(tap, layout=layout)
-
-
-def _around(module: str) -> Iterator[str]:
-    """A module's name, then those of the modules around it, the whole model (empty) last."""
-    while module:
-        yield module
-        module = module.rpartition(".")[0]
-    yield ""
+__all__ = [
+    "BEFORE_ENCODER",
+    "PROBE_SIZE",
+    "Level",
+    "common_size",
+    "find_levels",
+    "find_sources",
+    "fixed_size",
+    "probe_input",
+    "probes",
+    "tapped",
+]

@@ -119,7 +119,7 @@ def test_two_models_of_different_fixed_sizes():
 
 
 def test_tokens_of_another_grid_are_named():
-    with pytest.raises(TapError, match=r"blocks\.0@32\+1.*tokens do not cover images of 256 x 256"):
+    with pytest.raises(TapError, match=r"blocks\.0@32\+1.*tokens do not cover images of 256 x 384"):
         find_levels(timm.create_model("test_vit"), ["blocks.0@32+1"])
 
 

@@ -8,9 +8,11 @@ from torch import nn
 
 from fgd_hooks import Distiller
 from fgd_hooks.errors import LayoutError, TapError
+from fgd_hooks.taps.canvas import fits
 from fgd_hooks.taps.hooks import FeatureTaps, run_until_tapped
+from fgd_hooks.taps.layout import Layout, infer_layout
 from fgd_hooks.taps.levels import common_size, find_levels, fixed_size, probe_input
-from fgd_hooks.taps.tap import Layout, Tap, fits, infer_layout, replaced
+from fgd_hooks.taps.tap import Tap, replaced
 from tests.helpers.tiny import TinyDetector, batch
 
 CELL = 8
@@ -130,7 +132,7 @@ def test_cells_cover_a_canvas_that_is_not_square():
 def test_a_named_tap_gives_the_map_of_the_tokens(prefix, say):
     model = Tokens(prefix=prefix, say=say)
     (level,) = find_levels(model, ["blocks.0"])
-    assert (level.stride, level.channels, level.size) == (CELL, 6, (32, 32))
+    assert (level.stride, level.channels, level.size) == (CELL, 6, (32, 48))
     assert level.tap.layout == Layout(CELL, prefix, "patches")
     images = torch.rand(2, 3, 40, 24)  # another size than the probe's
     with FeatureTaps(model, [level.tap], stop=True) as taps:
