@@ -34,6 +34,7 @@ from fgd_hooks.config import BalanceConfig
 from fgd_hooks.taps.hooks import GradientMeter
 from fgd_hooks.utils.checkpoint import check_count, check_tensor
 from fgd_hooks.utils.distributed import is_distributed
+from fgd_hooks.utils.modules import norm
 
 logger = logging.getLogger("fgd_hooks")
 
@@ -287,7 +288,7 @@ def _norm_recorder(record: dict[str, Tensor], key: str) -> Any:
         if gradient is None:  # a compiled student whose head does not use this feature; counts as 0
             return
         gradient = gradient.detach()
-        record[key] = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        record[key] = norm(gradient)
         other = record.pop("first", None)
         if other is None:
             record["first"] = gradient

@@ -21,6 +21,7 @@ from fgd_hooks.losses.base import LossResult
 from fgd_hooks.masks import PackedBoxes, check_boxes
 from fgd_hooks.pairing import DistillationPair, build_loss, check_names, plan_pairs, signature
 from fgd_hooks.schedule import Clock, next_step, warn_if_idle
+from fgd_hooks.taps.calls import batch_in
 from fgd_hooks.taps.hooks import FeatureTaps, check_not_replicated
 from fgd_hooks.taps.levels import find_sources
 from fgd_hooks.teacher import FrozenTeacher, check_apart, first_input, run_teachers
@@ -79,7 +80,9 @@ class Distiller(nn.Module):
         student: the model that learns; wrappers (DDP, compile) are looked through.
         teacher: the model that teaches, or a list of them.
         config: an :class:`~fgd_hooks.config.FGDConfig`, a dict, a YAML file, or None for the defaults.
-        example: what both models are called with in the probe; None: zeros of 256 x 256 pixels.
+        example: what both models are called with in the probe, in any form of
+            :func:`fgd_hooks.taps.calls.call_model`: a tensor, a list, ``(args, kwargs)`` or a function; None: zeros.
+        teacher_inputs: the same for the teachers, where they are called in another way.
 
     Raises:
         TeacherError: the teacher is the student, shares its weights, is given twice or holds NaN.
@@ -97,6 +100,7 @@ class Distiller(nn.Module):
         teacher: nn.Module | Sequence[nn.Module],
         config: FGDConfig | Mapping[str, Any] | str | Path | None = None,
         example: Any = None,
+        teacher_inputs: Any = None,
     ) -> None:
         super().__init__()
         self.config = config = load_config(config)
@@ -106,7 +110,7 @@ class Distiller(nn.Module):
         teachers = [unwrap(each) for each in ([teacher] if isinstance(teacher, nn.Module) else teacher)]
         check_apart(student, *teachers)
         self._student = weakref.ref(student)
-        self.pairs, self.found_levels = plan_pairs(student, teachers, config, example)
+        self.pairs, self.found_levels = plan_pairs(student, teachers, config, example, teacher_inputs)
         self.adapters = nn.ModuleDict()
         self.losses = nn.ModuleDict()
         for pair in self.pairs:
@@ -182,14 +186,18 @@ class Distiller(nn.Module):
         *,
         canvas: tuple[int, int] | None = None,
         task_loss: Tensor | None = None,
+        teacher_inputs: Any = None,
     ) -> Distilled:
         """Distil the batch that the student has just seen. Without gradients (validation) it does nothing.
 
         Args:
-            images: what the teacher is called with, usually the student's (N, 3, H, W) batch;
+            images: the student's (N, 3, H, W) batch, and what the teacher is called with;
                 :class:`~fgd_hooks.teacher.PerTeacher` where several teachers want different ones.
             boxes: ground truth of each image, a list of N float tensors (n_i, 4) of pixel x1 y1 x2 y2, or packed.
-            canvas: (h, w) in pixels that the feature maps cover; None: the size of ``images``, which then is a tensor.
+            canvas: (h, w) in pixels that the feature maps cover; None: the size of the first tensor (..., H, W) in
+                ``images``.
+            teacher_inputs: what the teacher is called with instead of ``images``, in any form of
+                :func:`fgd_hooks.taps.calls.call_model`: ``(args, kwargs)``, say, or a function.
             task_loss: () the student's own loss; only to warn when the distillation dominates it for long.
 
         Raises:
@@ -203,7 +211,7 @@ class Distiller(nn.Module):
             return self._nothing(resting)
         features = self.taps.pop()
         device, count = features[0].device, features[0].shape[0]
-        packed = PackedBoxes.of_batch(first_input(images), boxes, canvas, device)
+        packed = PackedBoxes.of_batch(batch_in(first_input(images)), boxes, canvas, device)
         if packed is not boxes and self._health.steps < 3:
             check_boxes(packed)  # mistakes of format and unit show at once; a GPU waits for this check
         if packed.num_images != count:
@@ -211,7 +219,7 @@ class Distiller(nn.Module):
                 f"There are boxes for {packed.num_images} image(s), but the student's features hold {count}. Pass one "
                 "(n, 4) tensor per image, empty where it has no object."
             )
-        taught, scores = self.teach(images, device)
+        taught, scores = self.teach(images if teacher_inputs is None else teacher_inputs, device)
         self._fit_adapters(features, taught)
         self.balance.to(device)
         measuring = self.balance.next_step()

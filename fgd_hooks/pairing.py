@@ -60,7 +60,11 @@ class FoundLevels:
 
 
 def plan_pairs(
-    student: nn.Module, teachers: Sequence[nn.Module], config: FGDConfig, example: Any = None
+    student: nn.Module,
+    teachers: Sequence[nn.Module],
+    config: FGDConfig,
+    example: Any = None,
+    teacher_inputs: Any = None,
 ) -> tuple[list[DistillationPair], list[FoundLevels]]:
     """Find the levels of all models by probes and pair them: teacher by teacher, finest level first, loss by loss.
 
@@ -69,6 +73,7 @@ def plan_pairs(
         teachers: the models that teach.
         config: of the distillation.
         example: what the models are called with in the probe, see :func:`fgd_hooks.taps.levels.find_levels`.
+        teacher_inputs: the same for the teachers; None: ``example``.
 
     Raises:
         ConfigError: ``levels`` names one that does not pair, ``teachers`` has another number of entries than there are
@@ -94,7 +99,10 @@ def plan_pairs(
         mine = of_student[str(taps)]
         several = f"teacher{number + 1}" if len(teachers) > 1 else ""
         role = f"teacher {number + 1}" if several else "teacher"
-        theirs = find_levels(teacher, share.taps or config.teacher_taps, example=example, role=role, size=size)
+        inputs = example if teacher_inputs is None else teacher_inputs
+        theirs = find_levels(
+            teacher, share.taps or config.teacher_taps, example=inputs, role=role, size=size or mine[0].canvas
+        )
         chosen = share.levels or config.levels
         found.append(FoundLevels(mine, theirs, chosen))
         scores = _score_taps(teacher, theirs, config)
@@ -148,7 +156,8 @@ def _chosen(pairs: Sequence[LevelPair], chosen: Sequence[str] | None, resize: bo
             raise ConfigError(f"levels names {wanted!r}, but the levels that pair are {', '.join(names)}.")
     pairs = [pair for pair in pairs if chosen is None or pair.name in chosen]
     for pair in pairs:
-        if pair.student.size != pair.teacher.size and not resize:
+        same_images = pair.student.canvas == pair.teacher.canvas  # each was probed with a size that it takes
+        if same_images and pair.student.size != pair.teacher.size and not resize:
             raise ConfigError(
                 f"At level {pair.name} the student's map ({pair.student.tap}) has {pair.student.size} cells and the "
                 f"teacher's ({pair.teacher.tap}) {pair.teacher.size} for the same input. Set resize=true to resample "

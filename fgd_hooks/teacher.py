@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fgd_hooks.config import TeacherConfig
 from fgd_hooks.errors import TapError, TeacherError
+from fgd_hooks.taps.calls import call_model, cast, resolved
 from fgd_hooks.taps.hooks import FeatureTaps, StopForward, run_until_tapped
 from fgd_hooks.taps.tap import Tap
 from fgd_hooks.utils.modules import unwrap
@@ -59,10 +61,17 @@ class FrozenTeacher:
         keep them for the backward pass, which autograd refuses for inference tensors. Nothing here holds on to them.
 
         Args:
-            images: what the teacher is called with.
+            images: what the teacher is called with, in any form of :func:`fgd_hooks.taps.calls.call_model`; images of
+                another floating-point type than the weights are cast to theirs.
         """
         for module in self.model.modules():
             module.training = False  # somebody may have called train() since
+        images = resolved(images)
+        if self.config.dtype == "auto" and (dtype := _dtype(self.model)) is not None:
+            images = cast(images, dtype)
+        return [_ordinary(feature) for feature in self._features(images)]
+
+    def _features(self, images: Any) -> list[Tensor]:
         device_type = next((p.device.type for p in self.model.parameters()), "cpu")
         with torch.no_grad(), self._precision(device_type), self.taps.only_here():
             if self._compiled is None:
@@ -86,7 +95,7 @@ class FrozenTeacher:
         """What is compiled; written so that the compiler can trace the early exit."""
         self.taps.clear()
         try:  # noqa: SIM105
-            self.model(images)
+            call_model(self.model, images)
         except StopForward:
             pass
         return self.taps.pop()
@@ -154,6 +163,26 @@ def run_teachers(
     return features, scores
 
 
+def _dtype(model: nn.Module) -> torch.dtype | None:
+    """The type that all floating-point parameters of a model have; None where they differ."""
+    found = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    return found.pop() if len(found) == 1 else None
+
+
+def _ordinary(feature: Tensor) -> Tensor:
+    """A feature that can be kept for a backward pass; one made in inference mode cannot."""
+    return feature.clone() if feature.is_inference() else feature
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds no NaN and no infinity; True for a packed (quantised) one that cannot tell."""
+    try:
+        with torch.no_grad():
+            return bool(torch.isfinite(tensor).all())
+    except NotImplementedError:
+        return True
+
+
 def check_finite(teacher: nn.Module) -> None:
     """Refuse a teacher whose weights or buffers hold NaN or infinity.
 
@@ -161,7 +190,9 @@ def check_finite(teacher: nn.Module) -> None:
         TeacherError: names the first such tensor.
     """
     for name, tensor in [*teacher.named_parameters(), *teacher.named_buffers()]:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if is_lazy(tensor) or not tensor.is_floating_point():
+            continue
+        if not _all_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise TeacherError(
                 f"The teacher's {name} holds {bad} NaN or infinite value(s) of {tensor.numel()}. Its training has "

@@ -102,6 +102,7 @@ class TorchvisionDistiller(Distiller):
         *,
         canvas: Size | None = None,
         task_loss: Tensor | None = None,
+        teacher_inputs: Any = None,
     ) -> Distilled:
         """Distil the batch that the student has just seen. Without gradients (validation) it does nothing.
 
@@ -111,6 +112,7 @@ class TorchvisionDistiller(Distiller):
             boxes: only with ``images``.
             canvas: only with ``images``.
             task_loss: () the student's own loss; only to warn when the distillation dominates it for long.
+            teacher_inputs: as for :meth:`fgd_hooks.Distiller.forward`; only with ``images``.
 
         Raises:
             TapError: the student has not run since the last call.
@@ -120,7 +122,8 @@ class TorchvisionDistiller(Distiller):
         if images is None and torch.is_grad_enabled():
             images, boxes = self._last_batch()
         self._seen.latest = None
-        return super().forward(images, [] if boxes is None else boxes, canvas=canvas, task_loss=task_loss)
+        boxes = [] if boxes is None else boxes
+        return super().forward(images, boxes, canvas=canvas, task_loss=task_loss, teacher_inputs=teacher_inputs)
 
     if TYPE_CHECKING:  # torch calls forward, and leaves the type of the call open
         __call__ = forward

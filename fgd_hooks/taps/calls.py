@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fgd_hooks.taps.canvas import Size
-
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
     """Call a model with inputs in any of these forms.
@@ -91,10 +89,10 @@ def images_in(inputs: Any) -> Tensor | None:
     return next((found for value in values if (found := images_in(value)) is not None), None)
 
 
-def image_size(inputs: Any) -> Size | None:
-    """The (h, w) in pixels of the first images in what a model is called with."""
-    images = images_in(inputs)
-    return None if images is None else (int(images.shape[-2]), int(images.shape[-1]))
+def batch_in(inputs: Any) -> Any:
+    """The batch (N, C, H, W) in what a model is called with; the inputs themselves where there is none (a list)."""
+    found = None if isinstance(inputs, list) else images_in(inputs)
+    return found if found is not None and found.ndim == 4 else inputs
 
 
 def cast(inputs: Any, dtype: torch.dtype) -> Any:

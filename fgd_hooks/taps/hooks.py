@@ -14,7 +14,7 @@ from fgd_hooks.errors import LayoutError, TapError
 from fgd_hooks.taps.calls import call_model
 from fgd_hooks.taps.canvas import Size
 from fgd_hooks.taps.tap import Tap, describe, expand_taps, pick, replaced
-from fgd_hooks.utils.modules import unwrap
+from fgd_hooks.utils.modules import norm, unwrap
 
 logger = logging.getLogger("fgd_hooks")
 
@@ -116,7 +116,7 @@ class _NormOfGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        return gradient, torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        return gradient, norm(gradient)
 
 
 class GradientMeter:

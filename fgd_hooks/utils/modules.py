@@ -47,7 +47,14 @@ def all_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 
 
+def norm(tensor: Tensor) -> Tensor:
+    """() the norm of a tensor of any floating-point type, in float32; summed in no less."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    found: Tensor = torch.linalg.vector_norm(tensor, dtype=wide)
+    return found.float()
+
+
 def gradient_norm(gradients: Iterable[Tensor | None]) -> float:
     """The norm of several gradients together; 0 where there is none."""
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients if g is not None]
+    norms = [norm(gradient) for gradient in gradients if gradient is not None]
     return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0

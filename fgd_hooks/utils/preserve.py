@@ -81,6 +81,10 @@ def preserve(*models: nn.Module, probe: bool = False, but: Iterable[Tensor] = ()
         with torch.no_grad() if probe else contextlib.nullcontext():
             yield
     finally:
+        for module in modules:
+            reshard: Any = getattr(module, "reshard", None)
+            if callable(reshard):  # FSDP2 swaps parameters in a pass
+                reshard()
         for module, kind, training, attributes, contents in before:
             if type(module) is kind:
                 vars(module).clear()
