@@ -146,6 +146,8 @@ class Chooser:
         groups: dict[str, list[Place]] = {}
         for call in self.seen.calls:
             if call.weighted and call.inputs and isinstance(call.inputs[0][2], Leaf) and self.size(call.inputs[0][2]):
+                if not self._goes_on(call):
+                    continue
                 place = Place(call, "input", (), call.inputs[0][2])
                 for name in {call.module, *_numbered(call.module)}:
                     groups.setdefault(name, []).append(place)
@@ -162,6 +164,12 @@ class Chooser:
         for each in found:  # what is inside a call of another group belongs to that
             if not all(any(outer.start in starts for outer in self.seen.around(call)) for call in each.calls):
                 yield each
+
+    def _goes_on(self, call: ModuleCall) -> bool:
+        """Whether something is made of what a call returned, or the model returns it."""
+        returned = [leaf.number for _, leaf in leaves(call.output)]
+        used = any(self.seen.used_after(number, call.end) for number in returned)
+        return used or not returned or bool(set(returned) & set(self.seen.outputs))
 
     def _chained(self, places: Sequence[Place]) -> bool:
         """Whether a call works on what another one returned (the stages of a backbone)."""
@@ -221,14 +229,14 @@ class Chooser:
         return found + list(self.per_level())
 
     def best(self) -> Candidate | None:
-        """The maps that the head works on: of several sizes, else of one."""
+        """The maps that the head works on: of several sizes; of one where there is no other, or only one is used."""
         found = self.all()
-        for several in (True, False):
-            those = [each for each in found if (len({self.size(p.leaf) for p in each.places}) > 1) == several]
-            chosen = self._latest(those)
-            if chosen is not None:
-                return chosen
-        return None
+        several = self._latest([each for each in found if len({self.size(p.leaf) for p in each.places}) > 1])
+        single = self._latest([each for each in found if len({self.size(p.leaf) for p in each.places}) == 1])
+        if several is None or single is None:
+            return several or single
+        later = single.birth > several.birth and len(single.places) == 1 and single.kind in ("given", "returned")
+        return single if later and single.strong and self.seen.traced and self.makes_all(single) else several
 
     def _latest(self, found: list[Candidate]) -> Candidate | None:
         strong = [each for each in found if each.strong]

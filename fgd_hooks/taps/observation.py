@@ -17,6 +17,9 @@ Key = int | str
 Path = tuple[Key, ...]
 
 DEPTH, WIDTH = 6, 64  # of containers that are looked into
+FILLED = tuple(f"::{kind}_like" for kind in ("ones", "zeros", "full", "empty", "rand", "randn", "randint"))
+FILLED += tuple(f"::new_{kind}" for kind in ("ones", "zeros", "full", "empty", "empty_strided"))
+"""How the names of operations end that take no more than shape and kind of a tensor."""
 
 
 def entries(value: Any) -> list[tuple[Key, Any]]:
@@ -123,8 +126,9 @@ class Dataflow(TorchDispatchMode):
         now = self.tick()
         for each in given:
             number = self.number(each)
-            sources |= self.sources.get(number, 0) | self.bits.get(number, 0)
             self.used[number] = now
+            if not func._schema.name.endswith(FILLED):
+                sources |= self.sources.get(number, 0) | self.bits.get(number, 0)
         for each in tree_leaves(result):
             if isinstance(each, Tensor):
                 if each in self.known:  # written in place
