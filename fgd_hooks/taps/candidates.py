@@ -73,10 +73,14 @@ class Chooser:
         self.seen = seen
         self.canvas = seen.canvas
         self.entered: dict[int, list[ModuleCall]] = {}
+        self.maps: dict[int, tuple[int, int]] = {}  # the sizes of all maps by number
         for call in seen.calls:
-            for _, _, tree in call.inputs:
-                for _, leaf in leaves(tree):
-                    self.entered.setdefault(leaf.number, []).append(call)
+            given = [leaf for _, _, tree in call.inputs for _, leaf in leaves(tree)]
+            for leaf in given:
+                self.entered.setdefault(leaf.number, []).append(call)
+            for leaf in [*given, *(leaf for _, leaf in leaves(call.output))]:
+                if leaf.number not in self.maps and (size := self.size(leaf)) is not None:
+                    self.maps[leaf.number] = size
 
     def size(self, leaf: Leaf) -> tuple[int, int] | None:
         """The (h, w) in cells of a tensor that may be a feature map; None for one that is none."""
@@ -298,6 +302,14 @@ class Chooser:
         return any(
             each is not later and each.numbers >= levels.numbers and self.continues(later, each) for each in shared
         )
+
+    def _mixed(self, levels: Candidate) -> bool:
+        """Whether the finest of a list of levels is made of coarser maps, too: a neck's, and what follows is a head."""
+        if levels.kind == "calls":
+            return False
+        finest = max(levels.places, key=lambda place: self.size(place.leaf) or (0, 0))
+        size = self.size(finest.leaf) or (0, 0)
+        return any(each < size and self.seen.depends(finest.number, number) for number, each in self.maps.items())
 
     def _predicts(self, own: Candidate, levels: Candidate) -> bool:
         """Whether what a model returns, made of levels one by one, looks like predictions and not like features."""
