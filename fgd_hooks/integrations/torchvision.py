@@ -33,9 +33,10 @@ from fgd_hooks.config import FGDConfig, TeacherShare, load_config
 from fgd_hooks.distiller import Distilled, Distiller
 from fgd_hooks.errors import TapError, needs_extra
 from fgd_hooks.masks import PackedBoxes
+from fgd_hooks.taps.canvas import Size
 from fgd_hooks.taps.hooks import LiveHook
 from fgd_hooks.taps.levels import PROBE_SIZE, probe_input
-from fgd_hooks.taps.tap import Size, describe
+from fgd_hooks.taps.tap import describe
 from fgd_hooks.teacher import PerTeacher, check_apart
 from fgd_hooks.utils.modules import unwrap
 from fgd_hooks.utils.preserve import preserve
