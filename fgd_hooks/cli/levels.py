@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fgd_hooks.adapters import automatic_adapter
@@ -20,26 +22,59 @@ Row = Sequence[object]
 def levels_command(arguments: argparse.Namespace) -> None:
     """``fgd levels``: probe one model, or two and pair them, and print a table."""
     student, teacher = arguments.model, arguments.teacher
-    levels = _probe(student, arguments.imgsz)
+    shape = _shape(arguments.example)
+    levels = _probe(student, arguments.imgsz, shape)
     if teacher:
-        columns = ("level", "stride", "student", "teacher", "adapter", "tap")
-        _print(f"{student}  <-  {teacher}", columns, _pair(levels, _probe(teacher, arguments.imgsz)))
+        columns: tuple[str, ...] = ("level", "stride", "student", "teacher", "adapter", "tap")
+        title = f"{student}  <-  {teacher}"
+        rows: list[Row] = list(_pair(levels, _probe(teacher, arguments.imgsz, shape)))
     else:
+        columns = ("level", "stride", "channels", "map", "tap")
+        title = student
         rows = [(each.name, each.stride, each.channels, "{}x{}".format(*each.size), each.tap) for each in levels]
-        _print(student, ("level", "stride", "channels", "map", "tap"), rows)
+    if arguments.json:
+        found = [dict(zip(columns, (_plain(cell) for cell in row), strict=True)) for row in rows]
+        print(json.dumps({"model": student, **({"teacher": teacher} if teacher else {}), "levels": found}, indent=1))
+    else:
+        _print(title, columns, rows)
 
 
-def _probe(name: str, size: int) -> list[Level]:
-    model = load_model(name, size)
-    levels = find_levels(model.module, model.taps, example=model.example, role=name)
-    whole = levels[0].size[0] * levels[0].stride == size and not size % max(level.stride for level in levels)
-    if not (model.fixed or whole):
-        raise ConfigError(f"--imgsz {size} is no multiple of the largest stride of {name}; try 640.")
+def _plain(cell: object) -> object:
+    return cell if isinstance(cell, int) else str(cell)
+
+
+def _shape(text: str | None) -> tuple[int, ...] | None:
+    """The shape of the probe's images from a text such as ``1,3,512,640``.
+
+    Raises:
+        ConfigError: it is no such text.
+    """
+    if text is None:
+        return None
+    numbers = text.split(",")
+    if len(numbers) != 4 or not all(number.strip().isdigit() and int(number) > 0 for number in numbers):
+        raise ConfigError(f"--example {text!r} cannot be read; expected a shape such as 1,3,512,640.")
+    return tuple(map(int, numbers))
+
+
+def _probe(name: str, size: int, shape: tuple[int, ...] | None) -> list[Level]:
+    model = load_model(name, shape[2] if shape else size)
+    example = model.example if shape is None else model.example.new_zeros(shape)
+    levels = find_levels(model.module, model.taps, example=example, role=name)
+    largest = max(level.stride for level in levels)
+    whole = levels[0].size[0] * levels[0].stride == size and not size % largest
+    if not (model.fixed or whole or shape):
+        fitting = -(-size // largest) * largest
+        raise ConfigError(f"--imgsz {size} is no multiple of {largest}, the largest stride of {name}; try {fitting}.")
     return levels
 
 
 def _pair(student: list[Level], teacher: list[Level]) -> Iterator[Row]:
-    """A row for each pair, then one for each level without a partner."""
+    """A row for each pair and for each level without a partner, by stride."""
+    yield from sorted(_rows(student, teacher), key=lambda row: int(str(row[1])))
+
+
+def _rows(student: list[Level], teacher: list[Level]) -> Iterator[Row]:
     pairs = pair_levels(student, teacher=teacher)
     for pair in pairs:
         channels = pair.student.channels, pair.teacher.channels
@@ -58,9 +93,9 @@ def _pair(student: list[Level], teacher: list[Level]) -> Iterator[Row]:
 
 
 def _print(title: str, columns: Sequence[str], rows: Iterable[Row]) -> None:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     for column in columns:
         table.add_column(column, justify="left" if column in ("level", "tap", "adapter") else "right")
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*(escape(str(cell)) for cell in row))
     Console().print(table)

@@ -2,8 +2,10 @@
 
 ======================================  ==========================================================================
 ``yolo26n.yaml``, ``runs/.../last.pt``  an Ultralytics model
+``runs/detect/train``                   the best weights of a run folder
 ``torchvision:retinanet_resnet50_fpn``  a detector of torchvision, with random weights
 ``timm:resnet18``                       a backbone of timm as it gives features, with random weights
+``transformers:RTDetrConfig``           the detector of transformers that this configuration's defaults describe
 ``package.module:factory``              what the function ``factory`` returns, or the module of that name
 ======================================  ==========================================================================
 
@@ -32,8 +34,8 @@ HEADS = {"RTDETRDecoder": "RTDETR", "WorldDetect": "YOLOWorld", "YOLOE": "YOLOE"
 
 
 EXPECTED = (
-    "expected a YOLO file (yolo26n.yaml, last.pt), torchvision:NAME of a detector, timm:NAME of a backbone, or "
-    "package.module:factory"
+    "expected a YOLO file (yolo26n.yaml, last.pt) or run folder, torchvision:NAME of a detector, timm:NAME of a "
+    "backbone, transformers:NAME of a configuration, or package.module:factory"
 )
 
 
@@ -67,6 +69,8 @@ def load_model(name: str, size: int = 640) -> NamedModel:
         FileNotFoundError: the YOLO file does not exist.
     """
     kind, colon, rest = name.partition(":")
+    if Path(name).is_dir():
+        name = _weights(Path(name))
     if not colon or name.endswith(FILES):
         module = load_yolo(name).model
         return NamedModel(module, probe_input(module, size))
@@ -76,6 +80,9 @@ def load_model(name: str, size: int = 640) -> NamedModel:
         return _torchvision(rest, size)
     if kind == "timm":
         return _timm(rest, size)
+    if kind == "transformers":
+        module = _transformers(rest)
+        return NamedModel(module, probe_input(module, size, 3))
     module = _made(kind, rest)
     if type(getattr(module, "transform", None)).__name__ == "GeneralizedRCNNTransform":
         return _detector(module, size)
@@ -105,6 +112,37 @@ def load_yolo(model: str) -> Any:
         return getattr(ultralytics, name)(model)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"The model file {model!r} does not exist, and no download has that name.") from error
+
+
+def _weights(folder: Path) -> str:
+    """The weights of a run folder, the best before the last."""
+    for name in ("best.pt", "last.pt"):
+        if (file := folder / "weights" / name).is_file():
+            return str(file)
+    raise ModelNameError(f"The folder {str(folder)!r} is no run: it has no weights/best.pt and no weights/last.pt.")
+
+
+def _transformers(name: str) -> nn.Module:
+    """A detector, or else a backbone, of transformers with random weights, from the defaults of its configuration."""
+    with needs_extra():
+        import transformers
+    kind = name.removesuffix("Config")
+    config = getattr(transformers, f"{kind}Config", None)
+    if config is None:
+        known = [each for each in dir(transformers) if each.endswith("Config") and each[0].isupper()]
+        raise ModelNameError(f"transformers has no configuration {name!r}. {suggestion(name, known)}")
+    for suffix in ("ForObjectDetection", "Backbone", "ForSemanticSegmentation", "ForDepthEstimation", "Model"):
+        made = getattr(transformers, f"{kind}{suffix}", None)
+        if made is not None:
+            try:
+                settings = config()
+                if getattr(settings, "use_pretrained_backbone", False):
+                    settings.use_pretrained_backbone = False
+                module: nn.Module = made(settings).eval()
+            except Exception as error:
+                raise ModelNameError(f"transformers:{name} cannot be built from its defaults: {error}") from error
+            return module
+    raise ModelNameError(f"transformers has no model for {name!r}.")
 
 
 def _torchvision(name: str, size: int) -> NamedModel:
