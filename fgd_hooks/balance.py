@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from fgd_hooks.config import BalanceConfig
-from fgd_hooks.taps.hooks import GradientMeter
+from fgd_hooks.taps.meter import GradientMeter
 from fgd_hooks.utils.checkpoint import check_count, check_tensor
 from fgd_hooks.utils.distributed import is_distributed
 from fgd_hooks.utils.modules import norm

@@ -73,15 +73,13 @@ class Distiller(nn.Module):
     teacher are no submodules; the teacher is frozen and stays in eval mode. Use it as a context manager, or call
     :meth:`detach`, to remove every hook again. A teacher serves one Distiller at a time.
 
-    Several teachers teach each with its own pairs of levels, several losses (``losses: [fgd, cwd]``) each with its own
-    adapters; :attr:`pairs` has one entry for each level of each of them.
+    Of several teachers and losses (``losses: [fgd, cwd]``), :attr:`pairs` has one entry for each level of each.
 
     Args:
         student: the model that learns; wrappers (DDP, compile) are looked through.
         teacher: the model that teaches, or a list of them.
         config: an :class:`~fgd_hooks.config.FGDConfig`, a dict, a YAML file, or None for the defaults.
-        example: what both models are called with in the probe, in any form of
-            :func:`fgd_hooks.taps.calls.call_model`: a tensor, a list, ``(args, kwargs)`` or a function; None: zeros.
+        example: what both models are called with in the probe (:func:`fgd_hooks.taps.calls.call_model`); None: zeros.
         teacher_inputs: the same for the teachers, where they are called in another way.
 
     Raises:
@@ -194,10 +192,8 @@ class Distiller(nn.Module):
             images: the student's (N, 3, H, W) batch, and what the teacher is called with;
                 :class:`~fgd_hooks.teacher.PerTeacher` where several teachers want different ones.
             boxes: ground truth of each image, a list of N float tensors (n_i, 4) of pixel x1 y1 x2 y2, or packed.
-            canvas: (h, w) in pixels that the feature maps cover; None: the size of the first tensor (..., H, W) in
-                ``images``.
-            teacher_inputs: what the teacher is called with instead of ``images``, in any form of
-                :func:`fgd_hooks.taps.calls.call_model`: ``(args, kwargs)``, say, or a function.
+            canvas: (h, w) in pixels that the feature maps cover; None: the size of the batch in ``images``.
+            teacher_inputs: what the teacher is called with instead, see :func:`fgd_hooks.taps.calls.call_model`.
             task_loss: () the student's own loss; only to warn when the distillation dominates it for long.
 
         Raises:

@@ -80,6 +80,8 @@ COMMANDS = {
             ("model", MODEL, {}),
             ("teacher", "the same for the teacher", {"nargs": "?"}),
             ("--imgsz", "side of the probe's square image in pixels", {"type": int, "default": 640}),
+            ("--example", "shape of the probe's images instead, such as 1,3,512,640", {}),
+            ("--json", "print JSON instead of a table", {"action": "store_true"}),
         ],
     ),
     "eval": Command(

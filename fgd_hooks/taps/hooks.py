@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from fgd_hooks.errors import LayoutError, TapError
 from fgd_hooks.taps.calls import call_model
 from fgd_hooks.taps.canvas import Size
+from fgd_hooks.taps.meter import GradientMeter, NormOfGradient
 from fgd_hooks.taps.tap import Tap, describe, expand_taps, pick, replaced
-from fgd_hooks.utils.modules import norm, unwrap
+from fgd_hooks.utils.modules import unwrap
 
 logger = logging.getLogger("fgd_hooks")
 
@@ -107,40 +108,6 @@ class _ImagesSeen(LiveHook):
             self.owner._sizes[self.name] = (int(images.shape[-2]), int(images.shape[-1]))
 
 
-class _NormOfGradient(torch.autograd.Function):
-    """The identity; the norm of the gradient that comes back arrives as the gradient of ``meter``, a scalar."""
-
-    @staticmethod
-    def forward(ctx: Any, feature: Tensor, meter: Tensor) -> Tensor:
-        return feature.view_as(feature)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        return gradient, norm(gradient)
-
-
-class GradientMeter:
-    """The norm of a gradient inside compiled code, taken out in the backward pass.
-
-    Args:
-        device: of the gradient.
-
-    Attributes:
-        scalar: goes into :class:`_NormOfGradient`.
-        norm: () of the last backward pass, in memory of its own (that of a CUDA graph is used again); None before.
-    """
-
-    def __init__(self, device: torch.device | None) -> None:
-        self.scalar = torch.zeros((), device=device, requires_grad=True)
-        self.norm: Tensor | None = None
-        self.scalar.register_post_accumulate_grad_hook(self._take)
-
-    def _take(self, scalar: Tensor) -> None:
-        if scalar.grad is not None:
-            self.norm = scalar.grad.detach().clone()
-        scalar.grad = None
-
-
 class _Meter(LiveHook):
     """Forward hook, only for a compiled model, of the module that a tapped feature comes from.
 
@@ -153,7 +120,7 @@ class _Meter(LiveHook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if torch.compiler.is_compiling() and self.owner.listening:
-            return _NormOfGradient.apply(output, self.meter.scalar)  # type: ignore[no-untyped-call]
+            return NormOfGradient.apply(output, self.meter.scalar)  # type: ignore[no-untyped-call]
         return None
 
 
