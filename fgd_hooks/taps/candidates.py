@@ -225,8 +225,10 @@ class Chooser:
                 given = self.given(call)
                 found += [given] if given else []
                 found += self.returned(call)
-            elif call.parent is None:
+            if call.parent is None:  # the model, or a part of it that a wrapper calls
                 for maps in self.lists(call.output):
+                    if not {leaf.number for _, leaf in maps} <= set(self.seen.outputs):
+                        continue
                     used = all(self.seen.used_after(leaf.number, leaf.number) for _, leaf in maps)
                     places = [Place(call, "output", path, leaf) for path, leaf in maps]
                     found.append(Candidate("own", places, used and self.seen.traced))

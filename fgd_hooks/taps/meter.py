@@ -15,10 +15,12 @@ class NormOfGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, feature: Tensor, meter: Tensor) -> Tensor:
+        """The feature itself."""
         return feature.view_as(feature)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """The gradient itself, and its norm."""
         return gradient, norm(gradient)
 
 
