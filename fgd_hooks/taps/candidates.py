@@ -98,13 +98,20 @@ class Chooser:
 
     # What is there
 
-    def lists(self, tree: Tree | None, path: Path = ()) -> list[list[tuple[Path, Leaf]]]:
-        """The maps in a container, as lists; a container inside that holds maps of several sizes is one of its own."""
+    def lists(self, tree: Tree | None, path: Path = (), *, join: bool = True) -> list[list[tuple[Path, Leaf]]]:
+        """The maps in a container, as lists; a container inside that holds maps of several sizes is one of its own.
+
+        Args:
+            tree: what a module was given or returned.
+            path: where it is.
+            join: whether a single such container and maps of other sizes beside it are one list.
+        """
         if not isinstance(tree, list):
             return []
-        inner = [self.lists(item, (*path, key)) for key, item in tree]
+        inner = [self.lists(item, (*path, key), join=join) for key, item in tree]
         apart = [each for lists in inner for each in lists if self.sizes(each) > 1]
-        if apart:
+        beside = {self.size(item) for _, item in tree if isinstance(item, Leaf)} - {None}
+        if apart and (not join or len(apart) > 1 or not beside or beside & {self.size(leaf) for _, leaf in apart[0]}):
             return apart
         maps = {leaf.number: (where, leaf) for where, leaf in leaves(tree, path) if self.size(leaf)}
         return [list(maps.values())] if maps else []
@@ -226,7 +233,7 @@ class Chooser:
                 found += [given] if given else []
                 found += self.returned(call)
             if call.parent is None:  # the model, or a part of it that a wrapper calls
-                for maps in self.lists(call.output):
+                for maps in self.lists(call.output, join=False):
                     if not {leaf.number for _, leaf in maps} <= set(self.seen.outputs):
                         continue
                     used = all(self.seen.used_after(leaf.number, leaf.number) for _, leaf in maps)
@@ -255,7 +262,11 @@ class Chooser:
                     self.size(p.leaf) == self.canvas or self.width(p.leaf) % 16 for p in each.places
                 )
             elif each.kind == "own":
-                drop = any(self.continues(each, other) and self._predicts(each, other) for other in others)
+                widths = {self.width(place.leaf) for place in each.places}
+                drop = (
+                    bool(others) and len(widths) == 1 and bool(min(widths) % 16)
+                )  # predictions, made of several lists
+                drop |= any(self.continues(each, other) and self._predicts(each, other) for other in others)
             elif not each.strong:
                 drop = any(self.continues(each, other) for other in others) or not self.seen.traced
             elif each.kind == "calls":

@@ -87,6 +87,25 @@ def test_one_map_in_a_container(wrap):
     assert len(find_levels(kinds.ListOfOne(wrap), ["projector"])) == 1
 
 
+def test_a_map_beside_a_list_of_others_belongs_to_it_but_what_a_head_returns_does_not():
+    split = kinds.Unwrapping(lambda maps: {"fine": maps[0], "rest": tuple(maps[1:])})
+    assert found(split) == three("neck[fine]", "neck[rest][0]", "neck[rest][1]")
+
+    class Prototypes(kinds.Detector):
+        """A head that returns its maps and one of another size, as segmentation heads do."""
+
+        class Head(kinds.Towers):
+            def forward(self, maps):
+                up = nn.functional.interpolate(self.box_tower(maps[0]), scale_factor=2)
+                return super().forward(maps), {"feats": maps, "proto": up}
+
+        def __init__(self):
+            super().__init__()
+            self.head = self.Head()
+
+    assert found(Prototypes()) == HEAD
+
+
 def test_one_map_without_a_container_is_named_in_the_error():
     class Single(kinds.Detector):
         def forward(self, images):
