@@ -71,9 +71,8 @@ class Distiller(nn.Module):
 
     ``parameters()`` and ``state_dict()`` hold what is trained (adapters, context blocks) and nothing else. Student and
     teacher are no submodules; the teacher is frozen and stays in eval mode. Use it as a context manager, or call
-    :meth:`detach`, to remove every hook again. A teacher serves one Distiller at a time.
-
-    Of several teachers and losses (``losses: [fgd, cwd]``), :attr:`pairs` has one entry for each level of each.
+    :meth:`detach`, to remove every hook again. A teacher serves one Distiller at a time. Of several teachers and losses
+    (``losses: [fgd, cwd]``), :attr:`pairs` has one entry for each level of each.
 
     Args:
         student: the model that learns; wrappers (DDP, compile) are looked through.
@@ -87,8 +86,7 @@ class Distiller(nn.Module):
         TapError: a tap cannot be resolved, or no levels are found.
         PairingError: no level is common.
         ConfigError: the configuration does not fit (unknown adapter, loss, level or loss option).
-        ValueError: an adapter does not fit, or the student is a DataParallel over several devices, whose copies share
-            one set of hooks.
+        ValueError: an adapter does not fit, or the student is a DataParallel over several devices.
     """
 
     def __init__(
@@ -189,8 +187,7 @@ class Distiller(nn.Module):
         """Distil the batch that the student has just seen. Without gradients (validation) it does nothing.
 
         Args:
-            images: the student's (N, 3, H, W) batch, and what the teacher is called with;
-                :class:`~fgd_hooks.teacher.PerTeacher` where several teachers want different ones.
+            images: the student's (N, 3, H, W) batch; :class:`~fgd_hooks.teacher.PerTeacher` where teachers want others.
             boxes: ground truth of each image, a list of N float tensors (n_i, 4) of pixel x1 y1 x2 y2, or packed.
             canvas: (h, w) in pixels that the feature maps cover; None: the size of the batch in ``images``.
             teacher_inputs: what the teacher is called with instead, see :func:`fgd_hooks.taps.calls.call_model`.
