@@ -236,7 +236,7 @@ ZOO = (
             neck_hidden_sizes=[8, 16, 32, 32],
             fusion_hidden_size=32,
         ),
-        pyramid(32, 2, 4, 8, 16),
+        pyramid(32, 2),  # head_in_index is -1: the head takes the last of the four fused maps alone
         "neck",
     ),
     Entry(
@@ -258,7 +258,7 @@ ZOO = (
         "torchvision",
         "Faster R-CNN MobileNet",
         named("torchvision:fasterrcnn_mobilenet_v3_large_fpn"),
-        pyramid(256, 32, 32),
+        pyramid(256, 32, 32, 64),  # two layers of stride 32, and LastLevelMaxPool
         "backbone.fpn",
     ),
     Entry("timm", "resnet18", named("timm:resnet18"), pyramid((64, 64, 128, 256, 512), 2, 4, 8, 16, 32), ""),
