@@ -50,7 +50,10 @@ keys: those of fgd train, with data= required as well. Nothing is trained, and n
 exit code: 0 no red finding (with --strict: all green), 1 otherwise, 2 a mistake on the command line or a missing file
 """
 MEASURED = "data= (required: data yaml or COCO json), split=, imgsz=, batch=, device=, nms=, ..."
-MODEL = "the student: YOLO weights or yaml, torchvision:retinanet_resnet50_fpn, timm:resnet18 or package.module:factory"
+MODEL = (
+    "the student: YOLO weights, yaml or run folder, torchvision:retinanet_resnet50_fpn, timm:resnet18, "
+    "transformers:RTDetrConfig or package.module:factory"
+)
 SHOWN = "student=, teacher= and data= (required), images= (4; or files), split=, imgsz=, out=, top=, config=, fgd.*="
 
 COMMANDS = {

@@ -327,6 +327,9 @@ class Chooser:
     def _predicts(self, own: Candidate, levels: Candidate) -> bool:
         """Whether what a model returns, made of levels one by one, looks like predictions and not like features."""
         ours = [self.width(place.leaf) for place in own.places]
+        others = [number for number in self.seen.outputs if number in self.seen.flow.bits and number not in own.numbers]
+        if any(not any(self.seen.depends(mine, number) for mine in own.numbers) for number in others):
+            return True  # the model returns more than features
         if len({self.size(place.leaf) for place in own.places}) < len(ours):
             return True
         same = {self.size(place.leaf): self.width(place.leaf) for place in levels.places}
