@@ -107,8 +107,7 @@ class Distiller(nn.Module):
         check_apart(student, *teachers)
         self._student = weakref.ref(student)
         self.pairs, self.found_levels = plan_pairs(student, teachers, config, example, teacher_inputs)
-        self.adapters = nn.ModuleDict()
-        self.losses = nn.ModuleDict()
+        self.adapters, self.losses = nn.ModuleDict(), nn.ModuleDict()
         for pair in self.pairs:
             self.adapters[pair.name] = create_adapter(config.adapter, pair.student.channels, pair.teacher.channels)
             self.losses[pair.name] = build_loss(pair.loss, pair.teacher.channels)
