@@ -11,7 +11,7 @@ from torch import nn
 
 from fgd_hooks.adapters import list_adapters
 from fgd_hooks.config import FGDConfig, LossConfig, TeacherShare
-from fgd_hooks.errors import ConfigError, PairingError
+from fgd_hooks.errors import ConfigError, PairingError, TapError
 from fgd_hooks.losses.base import LOSSES, FeatureLoss, create_loss, list_losses
 from fgd_hooks.losses.fgd import PRESETS
 from fgd_hooks.taps.levels import Level, common_size, find_levels
@@ -94,6 +94,9 @@ def plan_pairs(
     of_student: dict[str, list[Level]] = {}
     for number, (teacher, share) in enumerate(zip(teachers, shares, strict=True)):
         taps = share.student_taps or config.student_taps
+        for model, named, part in ((student, taps, "student"), (teacher, share.taps or config.teacher_taps, "teacher")):
+            if named is None:
+                _refuse_own_transform(model, part)
         if str(taps) not in of_student:
             of_student[str(taps)] = find_levels(student, taps, example=example, role="student", size=size)
         mine = of_student[str(taps)]
@@ -236,3 +239,15 @@ def pair_levels(student: Sequence[Level], *, teacher: Sequence[Level]) -> list[L
         if left_out:
             logger.warning("Levels of the %s without a partner are not distilled: %s", role, ", ".join(left_out))
     return pairs
+
+
+def _refuse_own_transform(model: nn.Module, role: str) -> None:
+    if type(getattr(model, "transform", None)).__name__ == "GeneralizedRCNNTransform" and "__call__" not in vars(
+        type(model)
+    ):
+        raise TapError(
+            f"The {role} ({type(model).__name__}) is a detector of torchvision, which resizes, normalises and pads its "
+            "images itself, so boxes and maps do not share the canvas of what goes in. Use "
+            "fgd_hooks.integrations.torchvision.TorchvisionDistiller(student, teacher); beside a model of another kind "
+            "give OnBatch(detector) of that module in its place (docs/torchvision.md)."
+        )

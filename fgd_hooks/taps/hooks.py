@@ -336,6 +336,7 @@ class FeatureTaps:
             handle.remove()
         self._handles.clear()
         self._forget()
+        self._hooks.clear()  # they know their owner: a circle would keep it alive
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:

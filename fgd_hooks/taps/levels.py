@@ -94,8 +94,6 @@ def find_levels(
     """
     model = unwrap(model)
     named = None if taps is None or list(taps) == [BEFORE_ENCODER] else expand_taps(model, taps)
-    if taps is None:
-        _refuse_own_transform(model, role)
     with preserve(model, probe=True):
         passes = probes(model, example, role, size, named)
         for inputs, seen in passes:
@@ -112,18 +110,6 @@ def find_levels(
         f"different sizes is given to a module, or returned and used by modules later. Name the taps, for example "
         f"{_fitting(seen)}."
     )
-
-
-def _refuse_own_transform(model: nn.Module, role: str) -> None:
-    if type(getattr(model, "transform", None)).__name__ == "GeneralizedRCNNTransform" and "__call__" not in vars(
-        type(model)
-    ):
-        raise TapError(
-            f"The {role} ({type(model).__name__}) is a detector of torchvision, which resizes, normalises and pads its "
-            "images itself, so boxes and maps do not share the canvas of what goes in. Use "
-            "fgd_hooks.integrations.torchvision.TorchvisionDistiller(student, teacher); beside a model of another kind "
-            "give OnBatch(detector) of that module in its place (docs/torchvision.md)."
-        )
 
 
 # Levels that are found
@@ -357,10 +343,13 @@ def find_sources(model: nn.Module, taps: Sequence[Tap], *, example: Any = None) 
     if any(tap.io != "output" for tap in taps):
         with preserve(model, probe=True):
             _, seen = next(probes(model, example, taps=taps))
-        made = {call.output.number: call.module for call in seen.calls if isinstance(call.output, Leaf)}
+        made: dict[int, str] = {}
+        for call in seen.calls:  # nested modules return one map; a shared activation runs often
+            if isinstance(call.output, Leaf) and seen.runs(call.module) == 1:
+                made.setdefault(call.output.number, call.module)
         for tap in taps:
             leaf = tapped(tap, seen) if tap.io != "output" else None
-            if leaf is not None and leaf.number in made and seen.runs(made[leaf.number]) == 1:
+            if leaf is not None and leaf.number in made:
                 sources[tap] = made[leaf.number]
     return [sources.get(tap) for tap in taps]
 
