@@ -248,6 +248,6 @@ def _refuse_own_transform(model: nn.Module, role: str) -> None:
         raise TapError(
             f"The {role} ({type(model).__name__}) is a detector of torchvision, which resizes, normalises and pads its "
             "images itself, so boxes and maps do not share the canvas of what goes in. Use "
-            "fgd_hooks.integrations.torchvision.TorchvisionDistiller(student, teacher); beside a model of another kind "
+            "fgd_hooks.integrations.torchvision.TorchvisionDistiller; beside a model of another kind "
             "give OnBatch(detector) of that module in its place (docs/torchvision.md)."
         )

@@ -13,7 +13,7 @@ from fgd_hooks.taps.levels import BEFORE_ENCODER, find_levels
 from tests.helpers import kinds
 from tests.helpers.kinds import WIDTH
 
-FIXED = {"balance": {"mode": "fixed"}, "schedule": {"stop_epoch": None}}
+FIXED = {"balance": {"mode": "fixed"}, "schedule": {"stop": None}}
 SAME = {**FIXED, "adapter": "identity"}
 BOXES = [torch.tensor([[8.0, 8, 90, 90]])] * 2
 IMAGES = torch.rand(2, 3, 128, 160, generator=torch.Generator().manual_seed(0))
@@ -53,7 +53,7 @@ def test_the_levels_are_what_the_head_works_on_and_all_before_it_learns(make, ex
     student, teacher = make(), make()
     assert found(student) == expected
     state = copy.deepcopy(teacher.state_dict())
-    distiller = Distiller(student, teacher, FIXED)
+    distiller = Distiller(student, teacher=teacher, config=FIXED)
     optimizer = torch.optim.AdamW([*student.parameters(), *distiller.parameters()], 1e-3)
     for _ in range(3):
         optimizer.zero_grad()
@@ -75,7 +75,7 @@ def test_levels_in_containers(name):
     assert found(student) == three(*taps)
     assert found(student, ["neck"]) == three(*taps)
     teacher = copy.deepcopy(student)
-    with Distiller(student, teacher, SAME) as distiller:
+    with Distiller(student, teacher=teacher, config=SAME) as distiller:
         student(IMAGES)
         assert float(distiller(IMAGES, BOXES).loss) == 0  # equal models
 
@@ -133,7 +133,7 @@ def test_tokens_of_an_encoder_are_levels_and_queries_are_none():
     student = kinds.QueryDetector()
     teacher = copy.deepcopy(student)
     plain = student(IMAGES)["logits"]
-    with Distiller(student, teacher, SAME) as distiller:
+    with Distiller(student, teacher=teacher, config=SAME) as distiller:
         assert torch.equal(student(IMAGES)["logits"], plain)
         taught = distiller.teacher_features(IMAGES)
         assert [tuple(each.shape) for each in taught] == [(2, WIDTH, 16, 20), (2, WIDTH, 8, 10), (2, WIDTH, 4, 5)]
@@ -236,7 +236,7 @@ def test_a_probe_that_fails_is_tried_again_with_the_size_that_the_model_says_and
 
 
 def test_a_teacher_of_one_size_is_paired_with_a_student_of_any():
-    with Distiller(kinds.Detector(), OneSize(224), FIXED) as distiller:
+    with Distiller(kinds.Detector(), teacher=OneSize(224), config=FIXED) as distiller:
         assert [pair.name for pair in distiller.pairs] == ["P3", "P4", "P5"]
 
 
@@ -283,7 +283,7 @@ class Nested(kinds.Detector):
 )
 def test_models_that_are_called_in_another_way(make, wrap):
     student, teacher = make(), make()
-    with Distiller(student, teacher, FIXED, example=wrap(IMAGES[:1])) as distiller:
+    with Distiller(student, teacher=teacher, config=FIXED, example=wrap(IMAGES[:1])) as distiller:
         assert [str(pair.student.tap) for pair in distiller.pairs] == [tap for _, _, tap in HEAD]
         student(**wrap(IMAGES)) if make is Unpacked else _call(student, wrap(IMAGES))
         assert float(distiller(IMAGES, BOXES, teacher_inputs=wrap(IMAGES)).loss) > 0
@@ -297,7 +297,7 @@ def _call(model, inputs):
 
 def test_a_teacher_that_is_called_in_another_way_than_the_student():
     student, teacher = kinds.Detector(), WithTargets()
-    with Distiller(student, teacher, FIXED, teacher_inputs=(IMAGES[:1], [])) as distiller:
+    with Distiller(student, teacher=teacher, config=FIXED, teacher_inputs=(IMAGES[:1], [])) as distiller:
         student(IMAGES)
         assert float(distiller(IMAGES, BOXES, teacher_inputs=(IMAGES, [])).loss) > 0
 
@@ -306,7 +306,7 @@ def test_what_is_changed_in_place_behind_a_tap_is_kept_as_it_was():
     student = kinds.InPlace()
     teacher = copy.deepcopy(student)
     taps = ["neck.smooth.*"]
-    with Distiller(student, teacher, {**SAME, "student_taps": taps, "teacher_taps": taps}) as distiller:
+    with Distiller(student, teacher=teacher, config={**SAME, "student_taps": taps, "teacher_taps": taps}) as distiller:
         out = student(IMAGES)
         assert float(distiller(IMAGES, BOXES).loss) == 0
     assert torch.equal(out[0][0], teacher(IMAGES)[0][0])
@@ -322,7 +322,7 @@ def test_a_change_in_place_that_begins_later_is_said_and_mended(caplog):
     student = Later()
     teacher = copy.deepcopy(student)
     taps = ["neck.smooth.*"]
-    with Distiller(student, teacher, {**SAME, "student_taps": taps, "teacher_taps": taps}) as distiller:
+    with Distiller(student, teacher=teacher, config={**SAME, "student_taps": taps, "teacher_taps": taps}) as distiller:
         student.later = True
         with caplog.at_level(logging.WARNING, logger="fgd_hooks"):
             for _ in range(3):
@@ -337,7 +337,7 @@ def test_a_module_that_runs_several_times(taps):
     student = kinds.Recursive()
     teacher = copy.deepcopy(student)
     named = {} if taps is None else {"student_taps": taps, "teacher_taps": taps}
-    with Distiller(student, teacher, {**SAME, **named}) as distiller:
+    with Distiller(student, teacher=teacher, config={**SAME, **named}) as distiller:
         for _ in range(2):
             student(IMAGES)
             assert float(distiller(IMAGES, BOXES).loss) == 0
@@ -352,7 +352,10 @@ def test_a_call_that_there_is_not():
 
 def test_several_passes_of_the_student_in_one_step_are_said_once(caplog):
     student, teacher = kinds.Detector(), kinds.Detector()
-    with Distiller(student, teacher, FIXED) as distiller, caplog.at_level(logging.WARNING, logger="fgd_hooks"):
+    with (
+        Distiller(student, teacher=teacher, config=FIXED) as distiller,
+        caplog.at_level(logging.WARNING, logger="fgd_hooks"),
+    ):
         for _ in range(2):
             student(IMAGES)
             student(IMAGES)
@@ -364,7 +367,7 @@ def test_several_passes_of_the_student_in_one_step_are_said_once(caplog):
 def test_other_precisions(dtype):
     student, teacher = kinds.Detector().to(dtype), kinds.Detector()
     for one, other, images in ((student, teacher, IMAGES.to(dtype)), (kinds.Detector(), student, IMAGES)):
-        with Distiller(one, copy.deepcopy(other), {"schedule": {"stop_epoch": None}}) as distiller:
+        with Distiller(one, teacher=copy.deepcopy(other), config={"schedule": {"stop": None}}) as distiller:
             for _ in range(2):
                 out = one(images)
                 (out[0][0].float().square().mean() + distiller(images, BOXES).loss).backward()
@@ -375,7 +378,7 @@ def test_a_teacher_whose_forward_is_in_inference_mode():
         forward = torch.inference_mode()(kinds.Detector.forward)
 
     student = kinds.Detector()
-    with Distiller(student, Inference(), FIXED) as distiller:
+    with Distiller(student, teacher=Inference(), config=FIXED) as distiller:
         student(IMAGES)
         distiller(IMAGES, BOXES).loss.backward()
 
@@ -390,7 +393,7 @@ def test_lazy_modules_are_whole_after_the_probe():
     assert found(model) == HEAD
     assert model.neck.lateral[2].weight.shape == (WIDTH, 16, 1, 1)
     student = Lazy()
-    with Distiller(student, Lazy(), FIXED) as distiller:
+    with Distiller(student, teacher=Lazy(), config=FIXED) as distiller:
         student(IMAGES)
         distiller(IMAGES, BOXES).loss.backward()
 

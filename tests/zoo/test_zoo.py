@@ -17,7 +17,7 @@ from fgd_hooks.utils.preserve import bit_equal
 from tests.zoo.models import ZOO
 
 pytestmark = pytest.mark.slow
-CONFIG = {"balance": {"mode": "fixed"}, "schedule": {"stop_epoch": None}}
+CONFIG = {"balance": {"mode": "fixed"}, "schedule": {"stop": None}}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -55,7 +55,7 @@ def test_the_levels_are_right_and_a_pair_trains(entry):
     teacher = entry.make()
     state, images = copy.deepcopy(teacher.state_dict()), torch.rand(2, 3, *levels[0].canvas)
     boxes = [torch.tensor([[8.0, 8.0, 120.0, 90.0]]), torch.zeros(0, 4)]
-    with Distiller(student, teacher, CONFIG) as distiller:
+    with Distiller(student, teacher=teacher, config=CONFIG) as distiller:
         optimizer = torch.optim.AdamW([*student.parameters(), *distiller.parameters()], 1e-4)
         for _ in range(3):
             optimizer.zero_grad()
