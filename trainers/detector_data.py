@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from detector_settings import DataSettings, ImageSettings
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from fgd_hooks.errors import DataError
 from fgd_hooks.evaluation.coco_metrics import CocoMetrics, coco_metrics
-from fgd_hooks.evaluation.dataset import EvalData, Floats
+from fgd_hooks.evaluation.dataset import EvalData, Floats, open_image
 from fgd_hooks.evaluation.readers import read_data
 
 Target = dict[str, Tensor]
@@ -60,8 +59,7 @@ class Detections(Dataset[tuple[Tensor, Target]]):
     def __getitem__(self, number: int) -> tuple[Tensor, Target]:
         """One image and its target."""
         true = self.images[number]
-        with Image.open(true.file) as file:
-            image = pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB")).float() / 255
+        image = pil_to_tensor(open_image(true.file)).float() / 255
         boxes = torch.from_numpy(true.boxes[~true.crowd]).float().reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         labels = torch.from_numpy(true.labels[~true.crowd]) + 1

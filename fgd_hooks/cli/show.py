@@ -20,7 +20,7 @@ from fgd_hooks.diagnostics.plots import save_sheets
 from fgd_hooks.distiller import Distiller
 from fgd_hooks.errors import CheckpointError, ConfigError, DataError
 from fgd_hooks.evaluation.dataset import load_letterboxed, load_sample
-from fgd_hooks.evaluation.evaluate import data_file, load_detector
+from fgd_hooks.evaluation.evaluate import load_detector
 from fgd_hooks.evaluation.readers import read_data
 from fgd_hooks.integrations.ultralytics.settings import SETTINGS_FILE
 from fgd_hooks.integrations.ultralytics.teacher import fuse_files, load_teachers, with_score_taps
@@ -109,7 +109,8 @@ def show(
         stride = max(pair.student.stride for pair in distiller.pairs)
         stride = max(stride, *(int(each) for each in getattr(model, "stride", torch.tensor([32]))))
         sheets: list[LevelSheet] = []
-        for name, image, boxes in _samples(data, images, split, imgsz, stride):
+        channels = int((getattr(model, "yaml", None) or {}).get("channels", 3))
+        for name, image, boxes in _samples(data, images, split, imgsz, stride, channels):
             sheets += attention_sheets(distiller, model, image[None], [boxes], adapted=adapted, names=[name])
     return Shown(save_sheets(sheets, out, top=top), adapters, adapted, attention_distances(sheets))
 
@@ -151,10 +152,15 @@ def _side_file(student: Path) -> Path | None:
 
 
 def _samples(
-    data: str | Path | None, images: int | str | Path | Sequence[str | Path], split: str, imgsz: int, stride: int
+    data: str | Path | None,
+    images: int | str | Path | Sequence[str | Path],
+    split: str,
+    imgsz: int,
+    stride: int,
+    channels: int,
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Name, pixels (3, H, W) and boxes (n, 4) of each image: evenly spaced ones of the data, or those of the files."""
-    truth = read_data(data_file(data), split).images if data is not None else []
+    truth = read_data(data, split).images if data is not None else []
     if isinstance(images, int):
         if data is None:
             raise ConfigError("data= is missing: a data yaml or a COCO json, or give image files as images=.")
@@ -166,9 +172,9 @@ def _samples(
     known = {image.file.resolve(): image for image in truth}
     for file in files:
         if (image := known.get(file.resolve())) is not None:
-            yield (file.stem, *load_sample(image, imgsz, stride))
+            yield (file.stem, *load_sample(image, imgsz, stride, channels))
         else:
-            yield file.stem, load_letterboxed(file, imgsz, stride)[0], torch.zeros(0, 4)
+            yield file.stem, load_letterboxed(file, imgsz, stride, channels)[0], torch.zeros(0, 4)
 
 
 def _image_files(images: str | Path | Sequence[str | Path]) -> list[Path]:

@@ -56,6 +56,7 @@ class EvalData:
         ids: the number each class has in the source: class ids of YOLO format, category ids of COCO format.
         images: at least one, at least one of them with a box.
         by_name: whether the source numbers its classes freely, so that they go with a model's by their names (COCO).
+        left_out: why each image or box that cannot be used was left out.
     """
 
     source: Path
@@ -63,6 +64,13 @@ class EvalData:
     ids: tuple[int, ...]
     images: tuple[TrueImage, ...]
     by_name: bool
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def note(self) -> str:
+        """The end of a line: how many images and boxes are left out, and why the first; empty where none is."""
+        count = len(self.left_out)
+        return f": {count} images or boxes left out, as in a training; the first: {self.left_out[0]}" if count else ""
 
 
 def true_image(
@@ -87,12 +95,14 @@ def _opened(file: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(file) as image:
             yield image
-    except (OSError, ImportError) as error:  # ImportError: Ultralytics lets Pillow look for a HEIF reader
+    except (OSError, SyntaxError, ImportError) as error:  # ImportError: Ultralytics lets Pillow look for a HEIF reader
         raise DataError(f"{file} cannot be read as an image: {error}") from error
 
 
 def image_size(file: Path) -> tuple[int, int]:
     """Width and height in pixels as a reader that follows the EXIF orientation sees them."""
+    with _opened(file) as image:
+        image.verify()  # after which it has to be opened anew
     with _opened(file) as image:
         width, height = image.size
         turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
@@ -108,28 +118,43 @@ def shorten(values: Sequence[object], limit: int = 12) -> str:
 GREY = 114  # of the padding, as in Ultralytics
 
 
-def load_letterboxed(file: Path, imgsz: int, stride: int = 32) -> tuple[Tensor, float, tuple[int, int]]:
+def open_image(file: Path, channels: int = 3) -> Image.Image:
+    """An image as Ultralytics reads it: turned by its EXIF orientation, 16 bits cut to the upper 8, RGB or grey.
+
+    ``channels`` is 3 or 1.
+    """
+    if channels not in (1, 3):
+        raise DataError(f"{file}: images of {channels} channels cannot be shown; expected 1 or 3")
+    with _opened(file) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        return image.convert("L" if channels == 1 else "RGB")
+
+
+def load_letterboxed(
+    file: Path, imgsz: int, stride: int = 32, channels: int = 3
+) -> tuple[Tensor, float, tuple[int, int]]:
     """Read an image, resize its longer side to ``imgsz``, pad both sides on either end to multiples of ``stride``.
 
     Returns:
-        image: (3, h, w), 0 to 1, RGB, after the EXIF orientation.
+        image: (channels, h, w), 0 to 1, as :func:`open_image` reads it.
         scale: pixels of the result per pixel of the file.
         offset: (x, y) of the file's top left corner in the result, in pixels.
     """
-    with _opened(file) as opened:
-        image = ImageOps.exif_transpose(opened).convert("RGB")
+    image = open_image(file, channels)
     scale = imgsz / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
-    canvas = Image.new("RGB", (-(-width // stride) * stride, -(-height // stride) * stride), (GREY,) * 3)
+    canvas = Image.new(image.mode, (-(-width // stride) * stride, -(-height // stride) * stride), (GREY,) * channels)
     offset = (canvas.width - width) // 2, (canvas.height - height) // 2
     canvas.paste(image.resize((width, height), Image.Resampling.BILINEAR), offset)
-    pixels = torch.from_numpy(np.array(canvas)).permute(2, 0, 1).float() / 255
+    pixels = torch.from_numpy(np.array(canvas).reshape(canvas.height, canvas.width, -1)).permute(2, 0, 1).float() / 255
     return pixels, scale, offset
 
 
-def load_sample(image: TrueImage, imgsz: int, stride: int = 32) -> tuple[Tensor, Tensor]:
-    """One image and its boxes on it, (3, h, w) and (n, 4) pixel x1 y1 x2 y2; see :func:`load_letterboxed`."""
-    pixels, scale, offset = load_letterboxed(image.file, imgsz, stride)
+def load_sample(image: TrueImage, imgsz: int, stride: int = 32, channels: int = 3) -> tuple[Tensor, Tensor]:
+    """One image and its boxes on it, (c, h, w) and (n, 4) pixel x1 y1 x2 y2; see :func:`load_letterboxed`."""
+    pixels, scale, offset = load_letterboxed(image.file, imgsz, stride, channels)
     boxes = torch.from_numpy(image.boxes[~image.crowd]).float().reshape(-1, 4)
     corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
     return pixels, corners * scale + torch.tensor(offset * 2, dtype=torch.float32)

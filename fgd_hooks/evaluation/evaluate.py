@@ -9,10 +9,8 @@ what the file says (the mask's, where it has masks).
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +20,7 @@ import numpy as np
 from fgd_hooks.errors import DataError, needs_extra
 from fgd_hooks.evaluation.coco_metrics import CocoMetrics, check_max_dets, coco_metrics
 from fgd_hooks.evaluation.dataset import EvalData, Floats, linked_copy, shorten
-from fgd_hooks.evaluation.readers import read_data
+from fgd_hooks.evaluation.readers import quiet_ultralytics, read_data
 from fgd_hooks.evaluation.reporting import percent
 
 if TYPE_CHECKING:
@@ -41,6 +39,7 @@ class Evaluation(CocoMetrics):
         split: of the data yaml; empty for a COCO json.
         imgsz: input size in pixels.
         nms: None or True: one-to-many head with non-maximum suppression; False: the NMS-free head.
+        left_out: images and boxes that could not be used, as in a training.
         ultralytics_map50_95: what Ultralytics' own validator makes of the same detections.
         ultralytics_map50: the same at IoU 0.50.
     """
@@ -50,6 +49,7 @@ class Evaluation(CocoMetrics):
     split: str
     imgsz: int
     nms: bool | None
+    left_out: int
     ultralytics_map50_95: float
     ultralytics_map50: float
 
@@ -64,7 +64,7 @@ class Evaluation(CocoMetrics):
 
 def evaluate(
     model: Any,
-    data: str | Path,
+    data: str | Path | EvalData,
     *,
     split: str = "val",
     images: str | Path | None = None,
@@ -83,7 +83,7 @@ def evaluate(
     Args:
         model: a model file (``.pt`` or another that Ultralytics loads) or a ``YOLO``/``RTDETR`` object, which is not
             changed.
-        data: a data yaml of YOLO format, or a json of COCO format.
+        data: a data yaml of YOLO format, or the folder of one, a json of COCO format, or what ``read_data`` made of it.
         split: key of the yaml whose images to use; not used for a json.
         images: folder of the images of a json; by default looked for beside it.
         imgsz: input size in pixels; by default the one the model was trained with.
@@ -105,9 +105,10 @@ def evaluate(
             10.
     """
     check_max_dets(max_dets)
-    truth = _some_images(read_data(data_file(data), split, images), limit)
+    truth = _some_images(data if isinstance(data, EvalData) else read_data(data, split, images), limit)
     yolo = load_detector(model)
     names = {int(k): str(v) for k, v in dict(yolo.names).items()}
+    truth = _without_empty_categories(truth, set(names.values()))
     to_model = _class_map(truth, names, match)
     arguments: dict[str, Any] = {"batch": batch, "conf": conf, "iou": iou}
     arguments.update({k: v for k, v in (("imgsz", imgsz), ("device", device), ("nms", nms)) if v is not None})
@@ -118,10 +119,11 @@ def evaluate(
     return Evaluation(
         **values,
         model=str(model if isinstance(model, (str, Path)) else getattr(yolo, "ckpt_path", None) or yolo.model_name),
-        data=str(data),
+        data=str(truth.source if isinstance(data, EvalData) else data),
         split=split if not truth.by_name else "",
         imgsz=size,
         nms=nms,
+        left_out=len(truth.left_out),
         ultralytics_map50_95=host[0],
         ultralytics_map50=host[1],
     )
@@ -138,31 +140,6 @@ def _some_images(truth: EvalData, limit: int | None) -> EvalData:
     if not any(len(image.labels) for image in images):
         raise DataError(f"{truth.source}: {limit} of {count} images, evenly spread, have no box; raise the limit")
     return replace(truth, images=images)
-
-
-@contextlib.contextmanager
-def quiet_ultralytics() -> Iterator[None]:
-    """Let Ultralytics log errors only, and draw no progress bars, until the block ends."""
-    from ultralytics.utils import LOGGER
-
-    before = LOGGER.level
-    LOGGER.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        LOGGER.setLevel(before)
-
-
-def data_file(data: str | Path) -> Path:
-    """The data file; the bare name of a yaml that comes with Ultralytics (``coco8.yaml``) means that one."""
-    file = Path(data)
-    if not file.exists() and file.suffix in (".yaml", ".yml") and len(file.parts) == 1:
-        from ultralytics.utils import ROOT
-
-        known = Path(ROOT) / "cfg" / "datasets" / file.name
-        if known.is_file():
-            return known
-    return file
 
 
 def load_detector(model: Any) -> Any:
@@ -201,6 +178,17 @@ def _load(file: str) -> Any:
             return YOLO(file)
     except Exception as error:
         raise DataError(f"{file} cannot be loaded as an Ultralytics model: {error}") from error
+
+
+def _without_empty_categories(truth: EvalData, known: set[str]) -> EvalData:
+    """Without a COCO file's categories that have no box and that the model does not know (Roboflow writes one)."""
+    used = {int(label) for image in truth.images for label in image.labels}
+    kept = [number for number, name in enumerate(truth.names) if number in used or name in known]
+    if not truth.by_name or len(kept) == len(truth.names) or len(truth.names) <= len(known):
+        return truth
+    images = tuple(replace(each, labels=np.searchsorted(kept, each.labels)) for each in truth.images)
+    names, ids = tuple(truth.names[number] for number in kept), tuple(truth.ids[number] for number in kept)
+    return replace(truth, names=names, ids=ids, images=images)
 
 
 def _class_map(truth: EvalData, names: dict[int, str], match: Match) -> dict[int, int]:
@@ -247,6 +235,7 @@ def _detect(
     yaml_file, position = linked_copy(truth, to_model, names, folder, int(own.get("channels") or 3))
     from_model = {theirs: ours for ours, theirs in to_model.items()}
     found: list[Floats] = [np.zeros((0, 6)) for _ in truth.images]
+    seen: set[str] = set()
     sizes: list[int] = []
     base = yolo.task_map["detect"]["validator"]
 
@@ -260,6 +249,7 @@ def _detect(
             boxes[:, 2:] -= boxes[:, :2]
             classes = np.array([from_model[int(c)] for c in scaled["cls"].tolist()], dtype=np.float64)
             confidence = scaled["conf"].cpu().double().numpy()
+            seen.add(Path(prepared["im_file"]).name)
             found[position[Path(prepared["im_file"]).name]] = np.column_stack([boxes, confidence, classes])
         base.update_metrics(self, preds, batch)
 
@@ -275,6 +265,9 @@ def _detect(
         save_json=False,
         **arguments,
     )
+    if unread := sorted(position.keys() - seen):
+        file = truth.images[position[unread[0]]].file
+        raise DataError(f"{truth.source}: Ultralytics cannot read {len(unread)} of its images, the first is {file}")
     return found, (float(metrics.box.map), float(metrics.box.map50)), sizes[0]
 
 

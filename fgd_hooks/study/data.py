@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fgd_hooks.errors import NoSplitError, StudyError
 from fgd_hooks.evaluation.dataset import link_file
-from fgd_hooks.evaluation.readers import label_file, read_data
+from fgd_hooks.evaluation.readers import read_data
 from fgd_hooks.study.spec import DataSpec
 
 logger = logging.getLogger("fgd_hooks")
@@ -189,7 +189,9 @@ def _scenes(name: str, settings: Mapping[str, object], out: Path) -> Source:
 
 
 def _label(image: Path) -> str:
-    file = label_file(image)
+    from ultralytics.data.utils import img2label_paths
+
+    file = Path(img2label_paths([str(image)])[0])
     return file.read_text(encoding="utf-8-sig") if file.is_file() else ""
 
 

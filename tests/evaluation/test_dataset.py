@@ -51,3 +51,19 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
     (tmp_path / "note.png").write_text("no image")
     with pytest.raises(DataError, match=r"note\.png"):
         load_letterboxed(tmp_path / "note.png", 64)
+
+
+@pytest.mark.parametrize("channels", [3, 1])
+def test_sixteen_bits_are_read_as_the_host_reads_them(tmp_path, channels):
+    ramp = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (64, 1))
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    patches = pytest.importorskip("ultralytics.utils.patches")
+    host = patches.imread(str(tmp_path / "deep.png"), 1 if channels == 3 else 0)
+    pixels = load_letterboxed(tmp_path / "deep.png", 64, channels=channels)[0]
+    assert pixels.shape == (channels, 64, 64)
+    assert (255 * pixels[0, 0]).round().tolist() == pytest.approx(host[0, :, 0].tolist(), abs=1)
+
+
+def test_an_image_of_four_channels_is_refused(file):
+    with pytest.raises(DataError, match="images of 4 channels"):
+        load_letterboxed(file, 64, channels=4)

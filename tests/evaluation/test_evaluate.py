@@ -20,7 +20,8 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import LOGGER
 
 from fgd_hooks.errors import DataError
-from fgd_hooks.evaluation.evaluate import evaluate, quiet_ultralytics
+from fgd_hooks.evaluation.evaluate import evaluate
+from fgd_hooks.evaluation.readers import quiet_ultralytics
 from fgd_hooks.study.quickstart import STUDENT
 
 NAMES = {0: "red", 1: "green", 2: "blue"}
@@ -189,6 +190,27 @@ def test_classes_that_do_not_go_together_are_explained(data: Path) -> None:
     file.write_text("val: images/val\nnames: [green, red, blue]\n")
     with pytest.raises(DataError, match=r"0: green, 1: red.*0: red, 1: green"):
         evaluate(yolo, file, imgsz=96, device="cpu")
+
+
+def test_a_category_without_boxes_that_the_model_does_not_know_is_no_class(data: Path) -> None:
+    file = data / "annotations" / "instances_val.json"
+    content = json.loads(file.read_text())
+    content["categories"].insert(0, {"id": 5, "name": "colours", "supercategory": "none"})
+    file.write_text(json.dumps(content))
+    for match in ("name", "order"):
+        result = evaluate(make_detector(), file, imgsz=96, device="cpu", match=match)  # type: ignore[arg-type]
+        assert [entry.name for entry in result.per_class] == ["blue", "red", "green"]
+        assert result.map50 == pytest.approx(1.0 if match == "name" else 0.0)
+    content["annotations"][0]["category_id"] = 5
+    file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="has 4 classes"):
+        evaluate(make_detector(), file, imgsz=96, device="cpu")
+
+
+def test_what_is_left_out_is_counted(data: Path) -> None:
+    (data / "images" / "val" / "torn.png").write_bytes(b"no picture")
+    result = evaluate(make_detector(), data / "data.yaml", imgsz=96, device="cpu")
+    assert (result.images, result.left_out, result.map50) == (3, 1, pytest.approx(1.0))
 
 
 def test_match_by_order_takes_categories_by_ascending_id(data: Path) -> None:

@@ -85,7 +85,7 @@ def test_outlines_become_boxes_and_equal_rows_count_once(yolo: Path) -> None:
     label.write_text("0 0.25 0.25 0.75 0.25 0.75 0.75 0.25 0.75\n")
     np.testing.assert_allclose(read_data(yolo).images[0].boxes, [[10, 5, 20, 10]])
     label.write_text("1 0.5 0.5 0.5 0.5\n0 0.5 0.5 0.5 0.5\n1 0.5 0.5 0.5 0.5\n")
-    assert read_data(yolo).images[0].labels.tolist() == [1, 0]
+    assert read_data(yolo).images[0].labels.tolist() == [0, 1]
 
 
 def test_an_image_without_label_file_is_background(yolo: Path) -> None:
@@ -109,23 +109,59 @@ def test_exif_orientation_turns_width_and_height(yolo: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "words"),
+    ("row", "word"),
     [
-        ("0 0.5 0.5 0.5", ["one.txt:1", "expected 5 numbers", "found 4"]),
-        ("zero 0.5 0.5 0.5 0.5", ["one.txt:1", "expected numbers"]),
-        ("2 0.5 0.5 0.5 0.5", ["one.txt:1", "class 2", "0 to 1"]),
-        ("-1 0.5 0.5 0.5 0.5", ["one.txt:1", "class -1"]),
-        ("0.5 0.5 0.5 0.5 0.5", ["one.txt:1", "class 0.5"]),
-        ("0 20 10 20 10", ["one.txt:1", "between 0 and 1", "divide"]),
-        ("0 0.5 0.5 -0.005 0.5", ["one.txt:1", "between 0 and 1"]),
-        ("0 nan 0.5 0.5 0.5", ["one.txt:1", "between 0 and 1"]),
+        ("0 0.5 0.5 0.5", "shape"),
+        ("zero 0.5 0.5 0.5 0.5", "zero"),
+        ("2 0.5 0.5 0.5 0.5", "class 2 exceeds"),
+        ("0 1.4 0.5 0.2 0.2", "out of bounds"),
+        ("0 0.5 0.5 -0.005 0.5", "negative"),
     ],
 )
-def test_a_bad_label_row_is_named(yolo: Path, row: str, words: list[str]) -> None:
-    (yolo.parent / "labels" / "val" / "one.txt").write_text(row + "\n")
-    with pytest.raises(DataError) as error:
+def test_an_image_with_a_bad_row_is_left_out_and_counted_as_in_a_training(
+    yolo: Path, row: str, word: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (yolo.parent / "labels" / "val" / "one.txt").write_text(f"0 0.5 0.5 0.5 0.5\n{row}\n")
+    data = read_data(yolo)
+    assert [image.file.name for image in data.images] == ["two.png"]
+    assert len(data.left_out) == 1
+    assert "1 images or boxes left out" in caplog.text
+    assert word in caplog.text and "one.png" in caplog.text
+
+
+def test_where_all_images_are_bad_the_first_is_named(yolo: Path) -> None:
+    for label in (yolo.parent / "labels" / "val").iterdir():
+        label.write_text("0 20 10 20 10\n")
+    with pytest.raises(DataError, match=r"none of its images can be used.*one\.png.*out of bounds"):
         read_data(yolo)
-    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "train: ../images/val\nval: ../images/val\nnames: [cat, dog]\nnc: 2",  # Roboflow's
+        'path: .\nval: images/val\nnames: {"0": cat, "1": dog}',
+        "path: FOLDER\nval: [images/val]\nnames:\n  0: cat\n  1: dog",
+        "val: FOLDER/images\nnames: [cat, dog]",
+        "val: list.txt\nnames: [cat, dog]",
+        "val: images/val\nkpt_shape: [1, 2]\nnames: [cat, dog]",
+    ],
+    ids=["roboflow", "quoted", "list of folders", "folder above", "list with a missing file", "keypoints"],
+)
+def test_what_trains_is_read(yolo: Path, content: str) -> None:
+    (yolo.parent / "list.txt").write_text(
+        "./images/val/two.png\n./images/val/one.png\n./images/val/gone.png\n", "utf-8-sig"
+    )
+    if "kpt" in content:
+        (yolo.parent / "labels" / "val" / "one.txt").write_text("0 0.5 0.5 0.5 0.5 0.4 0.4")
+    yolo.write_text(content.replace("FOLDER", str(yolo.parent)))
+    for data in (read_data(yolo), read_data(yolo.parent)):
+        assert data.names == ("cat", "dog")
+        assert [(image.file.name, image.labels.tolist()) for image in data.images] == [
+            ("one.png", [0]),
+            ("two.png", [1]),
+        ]
+        assert len(data.left_out) == ("list.txt" in content)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +171,7 @@ def test_a_bad_label_row_is_named(yolo: Path, row: str, words: list[str]) -> Non
         ("val: [", DataError, ["not valid YAML"]),
         ("val: images/val", DataError, ["'names'"]),
         ("val: images/val\nnames: {1: cat, 2: dog}", DataError, ["0 to n-1"]),
+        ("val: images/val\nnames: {a: cat}", DataError, ["0 to n-1"]),
         ("val: images/val\nnc: 3\nnames: [cat, dog]", DataError, ["nc: 3", "2 entries"]),
         ("train: images/val\nnames: [cat, dog]", DataError, ["no split 'val'", "train"]),
         ("val: images/nowhere\nnames: [cat, dog]", FileNotFoundError, ["nowhere", "tried"]),
@@ -152,6 +189,8 @@ def test_missing_things_are_named(yolo: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nothing.yaml not found"):
         read_data(yolo.parent / "nothing.yaml")
     with pytest.raises(DataError, match=r"expected a \.yaml file"):
+        read_data(yolo.parent / "images.txt")
+    with pytest.raises(DataError, match="is a folder; expected one data yaml in it, found none"):
         read_data(yolo.parent / "images")
     with pytest.raises(DataError, match="goes with a COCO json"):
         read_data(yolo, images="images")
@@ -165,17 +204,11 @@ def test_missing_things_are_named(yolo: Path) -> None:
         read_data(yolo)
 
 
-def test_an_unreadable_image_is_named(yolo: Path) -> None:
+def test_an_unreadable_image_is_left_out(yolo: Path) -> None:
     (yolo.parent / "images" / "val" / "one.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"one\.png cannot be read"):
-        read_data(yolo)
-
-
-def test_a_list_with_missing_images_is_named(yolo: Path) -> None:
-    (yolo.parent / "list.txt").write_text("images/val/one.png\nimages/val/gone.png\n")
-    yolo.write_text("val: list.txt\nnames: [cat, dog]\n")
-    with pytest.raises(FileNotFoundError, match=r"1 of 2 listed images.*gone\.png"):
-        read_data(yolo)
+    data = read_data(yolo)
+    assert [image.file.name for image in data.images] == ["two.png"]
+    assert "one.png" in data.note
 
 
 def test_coco_classes_come_in_the_order_of_their_ids(coco: Path) -> None:
@@ -199,12 +232,20 @@ def test_coco_images_may_lie_elsewhere(coco: Path) -> None:
     ("changes", "words"),
     [
         ({"images": []}, ["'images' is empty"]),
-        ({"categories": [{"id": 9, "name": "dog"}]}, ["category_id 4", "categories are 9"]),
+        (
+            {"categories": [{"id": 8, "name": "dog"}]},
+            ["2 images or boxes", "category_id 9", "categories are 8"],
+        ),
+        ({"categories": [{"id": "dog", "name": "dog"}]}, ["category id 'dog'"]),
+        ({"categories": [{"id": 9}]}, ["no COCO file", "'name'"]),
         (
             {"annotations": [{"id": 7, "image_id": 6, "category_id": 9, "bbox": [0, 0, 1, 1]}]},
             ["annotation 7", "image 6"],
         ),
-        ({"images": [{"id": 5, "file_name": "one.png", "width": 80, "height": 40}]}, ["40x20", "80x40"]),
+        (
+            {"images": [{"id": 5, "file_name": "one.png", "width": 80, "height": 40}]},
+            ["none of its images", "40x20", "80x40"],
+        ),
         ({"images": [{"id": 5, "file_name": "one.png"}] * 2}, ["2 images share 1 ids"]),
         ({"annotations": []}, ["not one box"]),
     ],
@@ -225,8 +266,33 @@ def test_a_json_that_is_not_coco_is_explained(coco: Path) -> None:
         read_data(coco)
 
 
-def test_one_missing_image_of_a_coco_file_is_named(coco: Path) -> None:
-    images = [{"id": 5, "file_name": "one.png"}, {"id": 6, "file_name": "two.png"}]
-    edit(coco, images=images)
-    with pytest.raises(FileNotFoundError, match=r"1 of 2 images are missing.*two\.png"):
-        read_data(coco)
+def test_what_is_odd_in_a_coco_file_but_usable_is_used(coco: Path) -> None:
+    content = json.loads(coco.read_text())
+    before = read_data(coco).images[0]
+    for image in content["images"]:
+        image |= {"id": "a 5", "width": 0, "height": None, "file_name": "odd/..\\one.png"}
+    for box in content["annotations"]:
+        box |= {"image_id": "a 5", "category_id": str(box["category_id"]), "area": None}
+    content["annotations"][1] |= {"iscrowd": None}
+    content["categories"] = [{"id": str(each["id"]), "name": each["name"]} for each in content["categories"]]
+    coco.write_text(json.dumps(content), encoding="utf-8-sig")
+    (image,) = read_data(coco).images
+    assert (image.labels.tolist(), image.boxes.tolist()) == (before.labels.tolist(), before.boxes.tolist())
+    assert image.areas.tolist() == [200, 16]
+    assert image.crowd.tolist() == [False, False]
+
+
+def test_what_cannot_be_used_of_a_coco_file_is_left_out_and_counted(coco: Path) -> None:
+    content = json.loads(coco.read_text())
+    good = content["annotations"][0]
+    bad: list[dict[str, Any]] = [{"image_id": 6}, {"category_id": 1}, {"bbox": None}, {"bbox": []}, {"bbox": {"x": 1}}]
+    bad += [{"bbox": [1, 1, 0, 5]}, {"bbox": [1, 1, float("nan"), 5]}, {"bbox": [1, 1, "2", 5]}]
+    content["annotations"] = [{**good, **each} for each in bad] + [good]
+    (coco.parent.parent / "images" / "torn.png").write_bytes(b"no picture")
+    content["images"] += [{"id": 6 + n, "file_name": name} for n, name in enumerate(("gone.png", "torn.png"), 1)]
+    del content["annotations"][1]["bbox"]
+    coco.write_text(json.dumps(content))
+    data = read_data(coco)
+    assert [len(image.boxes) for image in data.images] == [1]
+    assert len(data.left_out) == len(bad) + 2
+    assert "gone.png" in data.left_out[-2] and "torn.png" in data.left_out[-1]

@@ -22,7 +22,8 @@ from fgd_hooks.diagnostics.cost import extra_cost
 from fgd_hooks.diagnostics.doctor import diagnose
 from fgd_hooks.diagnostics.report import Finding, Report, green, red, yellow
 from fgd_hooks.errors import ConfigError, DataError, TapError, TeacherError
-from fgd_hooks.evaluation.evaluate import evaluate, quiet_ultralytics
+from fgd_hooks.evaluation.evaluate import evaluate
+from fgd_hooks.evaluation.readers import quiet_ultralytics
 from fgd_hooks.integrations.ultralytics.compat import check_task, images_counted
 from fgd_hooks.integrations.ultralytics.initialization import inherit_into
 from fgd_hooks.integrations.ultralytics.session import TrainingSession
@@ -141,12 +142,14 @@ def check_quality(student: str | None, *, teacher: str, data: str, settings: dic
     name = "teacher's mAP"
     try:
         result = evaluate(teacher, data, limit=EVALUATED, **settings)
-    except (DataError, ModuleNotFoundError) as error:  # the latter: YOLO-World and YOLOE without their text encoder
-        mend = "Well if the teacher has other classes or another task; else train it on this data and look at its mAP."
+    except (DataError, FileNotFoundError, ModuleNotFoundError) as error:  # the last: YOLO-World without a text encoder
+        mend = "Well if the teacher has other classes or another task; else mend this, since it says most."
         return yellow(name, f"It could not be measured: {error}.", mend)
     theirs = result.map50_95 or 0.0  # None only where the images have no box, which evaluate() refuses
     own, values = -math.inf, {"teacher": theirs}
     found = f"mAP50-95 of the teacher on {result.images} validation images: {100 * theirs:.1f}"
+    if result.left_out:
+        found += f" ({result.left_out} images or boxes that cannot be used left out)"
     if student is not None:
         try:
             own = values["student"] = evaluate(student, data, limit=EVALUATED, **settings).map50_95 or 0.0

@@ -24,6 +24,7 @@ SMALL = {"imgsz": 64, "batch": 4, "workers": 0}
 class Measured:
     map50_95: float
     images: int = 64
+    left_out: int = 0
 
 
 @pytest.fixture
