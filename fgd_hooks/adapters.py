@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from fgd_hooks.errors import ConfigError
 from fgd_hooks.utils.distributed import is_distributed
-from fgd_hooks.utils.linalg import MAX_CELLS, evenly_spaced, ridge_change, wide
+from fgd_hooks.utils.linalg import cell_places, chosen_cells, evenly_spaced, ridge_change, wide
 from fgd_hooks.utils.registry import Factory, Registry
 
 ADAPTERS = Registry("adapter")
@@ -178,6 +178,8 @@ def aligned(conv: nn.Conv2d) -> nn.Conv2d:
 
 
 def _cells(feature: Tensor) -> Tensor:
-    """(cells, C) of a feature map (N, C, H, W), at most :data:`MAX_CELLS`, in float64."""
-    cells = feature.detach().movedim(1, -1).flatten(0, -2)
-    return wide(cells[:: max(1, -(-cells.shape[0] // MAX_CELLS))])
+    """(cells, C) of a feature map (N, C, H, W), in float64: those of :func:`chosen_cells`, taken before any copy."""
+    images, _, height, width = feature.shape
+    cells = chosen_cells(images * height * width).to(feature.device)
+    image, row, column = cell_places(cells, height, width)
+    return wide(feature.detach()[image, :, row, column])

@@ -25,7 +25,7 @@ from fgd_hooks.initialization.layers import BatchNorm, Unit, checked, units
 from fgd_hooks.initialization.report import InitializationReport
 from fgd_hooks.taps.hooks import first_argument
 from fgd_hooks.utils.distributed import is_distributed, on_any_process
-from fgd_hooks.utils.linalg import MAX_CELLS, evenly_spaced, ridge_change, wide
+from fgd_hooks.utils.linalg import cell_places, chosen_cells, evenly_spaced, ridge_change, wide
 from fgd_hooks.utils.modules import all_tensors, write_tensors
 from fgd_hooks.utils.preserve import preserve
 
@@ -145,8 +145,8 @@ class _Fit:
         if self.calls == 1 and output.dim() == 4 and self.images in (None, output.shape[0]):
             taken = evenly_spaced(self.layer.out_channels, output.shape[1]).to(output.device)
             chosen = output.detach().index_select(1, taken)
-            cells = chosen.movedim(1, -1).flatten(0, -2)
-            self.size, self.cells = chosen.shape, cells[_rows(cells.shape[0]).to(cells.device)].cpu()
+            image, row, column = _places(chosen.shape, chosen.device)
+            self.size, self.cells = chosen.shape, chosen[image, :, row, column].cpu()
             self.mean, self.variance = _mean_and_variance(chosen)
 
     def fit(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -247,11 +247,9 @@ def _varies(mean: Tensor, variance: Tensor) -> Tensor:
     return torch.isfinite(variance) & (variance > CONSTANT * mean.square())
 
 
-def _rows(count: int) -> Tensor:
-    """(rows,) the cells that are compared: all, or a random choice that is the same in every call."""
-    if count <= MAX_CELLS:
-        return torch.arange(count)
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:MAX_CELLS].sort().values
+def _places(size: torch.Size, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Image, row and column of the cells of maps (N, C, H, W) that are compared."""
+    return cell_places(chosen_cells(size[0] * size[2] * size[3]).to(device), size[2], size[3])
 
 
 def _output_size(layer: Any, features: Tensor) -> torch.Size:
@@ -270,10 +268,8 @@ def _patches(layer: Any, features: Tensor, size: torch.Size) -> Tensor:
     padded = features.detach()
     if vertical or horizontal:
         padded = nn.functional.pad(padded, (horizontal, horizontal, vertical, vertical))
-    rows = _rows(size[0] * size[2] * size[3]).to(features.device)
-    image = rows // (size[2] * size[3])
-    top = rows // size[3] % size[2] * layer.stride[0]
-    left = rows % size[3] * layer.stride[1]
+    image, row, column = _places(size, features.device)
+    top, left = row * layer.stride[0], column * layer.stride[1]
     seen = torch.stack(
         [
             padded[image, :, top + i * layer.dilation[0], left + j * layer.dilation[1]]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 RIDGE = 0.05  # least weight of the regression's prior, as a share of the mean variance of the inputs
-MAX_CELLS = 16384  # of a batch: enough for any width; more are left out evenly
+MAX_CELLS = 16384  # of a batch: enough for any width
 
 
 def ridge_change(gram: Tensor, cross: Tensor, count: Tensor) -> Tensor:
@@ -41,3 +41,18 @@ def evenly_spaced(count: int, of: int) -> Tensor:
     each what evenly spaced channels of it alone are.
     """
     return torch.div(torch.arange(count) * of, count, rounding_mode="floor")
+
+
+def chosen_cells(count: int) -> Tensor:
+    """(cells,) those of ``count`` that are compared: all, or :data:`MAX_CELLS` by a random choice that never changes.
+
+    Not every n-th: where n and the width of a map have a common divisor, that sees some of its columns alone.
+    """
+    if count <= MAX_CELLS:
+        return torch.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:MAX_CELLS].sort().values
+
+
+def cell_places(cells: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Image, row and column of cells that are numbered through a batch of maps, image by image and row by row."""
+    return cells // (height * width), cells // width % height, cells % width

@@ -12,6 +12,7 @@ from fgd_hooks import fit_channels, inherit_channels
 from fgd_hooks.errors import TeacherError
 from fgd_hooks.initialization import reconstruction
 from fgd_hooks.initialization.initialize import initialize
+from fgd_hooks.utils import linalg
 from fgd_hooks.utils.linalg import RIDGE, evenly_spaced
 from tests.helpers.tiny import TinyDetector, trained
 from tests.initialization.test_weight_selection import Net, net, widened
@@ -203,7 +204,7 @@ def test_of_many_cells_a_part_is_taken(monkeypatch):
     other = copy.deepcopy(student)
     images = some_images(16, 32)
     fit_channels(student, teacher=teacher, images=images)
-    monkeypatch.setattr(reconstruction, "MAX_CELLS", 3000)
+    monkeypatch.setattr(linalg, "MAX_CELLS", 3000)
     fit_channels(other, teacher=teacher, images=images)
     whole, part = student.left[0].weight, other.left[0].weight
     assert not torch.equal(whole, part)
@@ -317,10 +318,10 @@ def test_a_channel_that_is_dead_on_these_images_keeps_the_copy():
 
 
 def test_one_cell_that_is_not_finite_harms_nothing(monkeypatch):
-    monkeypatch.setattr(reconstruction, "MAX_CELLS", 50)
+    monkeypatch.setattr(linalg, "MAX_CELLS", 50)
     student, teacher = pair()
     images = some_images(4, 12)
-    compared = set(reconstruction._rows(4 * 12 * 12).tolist())
+    compared = set(linalg.chosen_cells(4 * 12 * 12).tolist())
     image, cell = divmod(next(row for row in range(4 * 12 * 12) if row not in compared), 12 * 12)
     images[image, :, cell // 12, cell % 12] = torch.nan
     fit_channels(student, teacher=teacher, images=images)

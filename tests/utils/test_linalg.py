@@ -7,6 +7,7 @@ import torch
 
 from fgd_hooks import Distiller
 from fgd_hooks.adapters import create_adapter
+from fgd_hooks.utils import linalg
 from fgd_hooks.utils.linalg import MAX_CELLS, RIDGE
 from tests.helpers.tiny import TinyDetector, batch, trained
 
@@ -52,6 +53,19 @@ def test_more_cells_than_are_taken():
     adapter.fit(s, t)
     whole, few = (t - adapter(s)).square().mean().item(), t.var().item()
     assert whole < 0.1 * few
+
+
+def test_the_cells_that_are_taken_are_of_all_columns(images=40, side=80):
+    """Every n-th cell of maps whose width n divides is one of few columns, here every 16th, the border among them."""
+    random = torch.Generator().manual_seed(0)
+    s = torch.rand(images, 3, side, side, generator=random)
+    t = torch.einsum("ts,nshw->nthw", torch.randn(4, 3, generator=random), s)
+    t[..., ::16] = 5
+    adapter = create_adapter("fitted", 3, 4)
+    adapter.fit(s, t)
+    assert (t - adapter(s)).square().mean() < t.var(), "worse than the mean"
+    _, rows, columns = linalg.cell_places(linalg.chosen_cells(images * side * side), side, side)
+    assert len(set(rows.tolist())) == len(set(columns.tolist())) == side
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
