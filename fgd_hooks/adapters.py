@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from fgd_hooks.errors import ConfigError
-from fgd_hooks.utils.distributed import is_distributed
+from fgd_hooks.utils.distributed import WORLD, ProcessGroup, all_reduce
 from fgd_hooks.utils.linalg import cell_places, chosen_cells, evenly_spaced, ridge_change, wide
 from fgd_hooks.utils.registry import Factory, Registry
 
@@ -115,9 +115,11 @@ class FittedConv(nn.Conv2d):
 
     Attributes:
         fitted: () bool, part of the state: weights that were fitted and trained are not fitted again.
+        process_group: the processes that fit together.
     """
 
     fitted: Tensor
+    process_group: ProcessGroup = WORLD
 
     def __init__(self, student_channels: int, teacher_channels: int) -> None:
         super().__init__(student_channels, teacher_channels, 1)
@@ -153,9 +155,8 @@ class FittedConv(nn.Conv2d):
         count = s.new_tensor([s.shape[0]])
         both = torch.cat([s, rest], dim=1)
         sums, products = both.sum(0), s.t() @ both
-        if is_distributed():
-            for each in (count, sums, products):
-                torch.distributed.all_reduce(each)
+        for each in (count, sums, products):
+            all_reduce(each, self.process_group)
         if not (torch.isfinite(sums).all() and torch.isfinite(products).all()):
             return
         mean = sums / count

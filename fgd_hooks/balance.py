@@ -24,6 +24,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,13 +34,17 @@ from torch import Tensor
 from fgd_hooks.config import BalanceConfig
 from fgd_hooks.taps.meter import GradientMeter
 from fgd_hooks.utils.checkpoint import check_count, check_tensor
-from fgd_hooks.utils.distributed import is_distributed
+from fgd_hooks.utils.distributed import WORLD, ProcessGroup, all_reduce, is_distributed
 from fgd_hooks.utils.modules import norm
 
 logger = logging.getLogger("fgd_hooks")
 
 EARLY_STEPS = (0, 1, 4, 8)
 """Steps that measure besides every ``interval``-th: before a scale is used, and while adapters learn fastest."""
+
+MISSED = 3  # measurements in a row that no backward pass has reached: said
+
+PATIENCE = 48  # calls, or three intervals: losses of so many calls may share a backward pass
 
 
 class Balance:
@@ -51,6 +56,7 @@ class Balance:
         weights: (L,) what multiplies the target ratio, or in mode "fixed" the scale; None: 1.
         groups: for each level the number of its loss and teacher: without ``per_level``, one scale for each of these;
             None: all are of one.
+        process_group: the processes that measure together.
 
     Attributes:
         scales: (L,) what the losses are multiplied by; 1 each in mode "fixed".
@@ -66,19 +72,20 @@ class Balance:
         count: int,
         weights: Sequence[float] | None = None,
         groups: Sequence[int] | None = None,
+        process_group: ProcessGroup = WORLD,
     ) -> None:
         self.config = config
+        self.process_group = process_group
         self.weights = torch.ones(count) if weights is None else torch.tensor([float(each) for each in weights])
         self.groups = torch.zeros(count, dtype=torch.long) if groups is None else torch.tensor(list(groups))
         self.scales = torch.ones(count)
         self.ratios = torch.full((count,), math.nan)
         self.cosines = torch.full((count,), math.nan)
         self._measured = torch.zeros(count)  # measurements that counted, per level
-        self._used = torch.ones(count)  # what the losses of the last measuring step were multiplied by
         self._steps = 0
-        self._pending: list[dict[str, Tensor]] = []
-        self._meters: list[GradientMeter | None] = []
-        self._weight = 1.0
+        self._open: _Measurement | None = None
+        self._missed = 0  # measurements in a row without a backward pass
+        self._told: set[str] = set()
 
     @property
     def measures(self) -> bool:
@@ -88,46 +95,59 @@ class Balance:
     def to(self, device: torch.device) -> None:
         """Keep the scales on the device of the losses, so that no step waits for the device."""
         if self.scales.device != device:
-            for name in ("scales", "ratios", "cosines", "_measured", "_used", "weights", "groups"):
+            for name in ("scales", "ratios", "cosines", "_measured", "weights", "groups"):
                 setattr(self, name, getattr(self, name).to(device))
 
     def next_step(self) -> bool:
-        """Close the last measurement, if one is open, and say whether the step that begins now measures.
+        """Close the last measurement, if its backward pass has come, and say whether the step that begins measures.
 
-        :data:`EARLY_STEPS` measure, and every ``interval``-th step.
+        :data:`EARLY_STEPS` measure, and every ``interval``-th step; none while a measurement waits for its backward
+        pass, which the losses of several calls may share.
         """
         self.close()
         if not self.measures:
             return False
         step, self._steps = self._steps, self._steps + 1
-        return step in EARLY_STEPS or step % self.config.interval == 0
+        return (step in EARLY_STEPS or step % self.config.interval == 0) and not self._waits()
+
+    def _waits(self) -> bool:
+        """Whether a measurement is open whose backward pass may still come."""
+        if self._open is None:
+            return False
+        calls = self._steps - 1 - self._open.step
+        lost = not is_distributed(self.process_group) and self._open.is_lost  # ranks must agree, and count alone
+        if not lost and calls < max(PATIENCE, 3 * self.config.interval):
+            return True
+        self._open, self._missed = None, self._missed + 1
+        if self._missed >= MISSED or not lost:
+            self._tell(
+                f"No backward pass has reached the last {self._missed} measurement(s) of the balance, the last one "
+                f"{calls} calls ago, so the scales stay as they are: call (task_loss + distilled.loss).backward(), of "
+                "several calls at once if you like, and keep no loss of a step that is left out."
+            )
+        return False
+
+    def _tell(self, message: str) -> None:
+        """Warn, once of each kind."""
+        if message[:40] not in self._told:
+            self._told.add(message[:40])
+            logger.warning(message)
 
     def observe(
         self, features: list[Tensor], weight: float, meters: Sequence[GradientMeter | None] = ()
     ) -> list[Tensor]:
         """Begin a measurement; returns leaves that stand in for the student's features in the distillation.
 
-        The norms are taken when the backward pass of this step comes along; when none comes, nothing is measured.
+        The norms are taken when the backward pass of this step comes along, at once or with those of later calls; when
+        none comes, nothing is measured.
 
         Args:
             features: the student's tapped features, (N, C, H, W) each.
             weight: what the losses are multiplied by in this step besides ``scales``.
             meters: of a compiled student, what finds the norm of the task's gradient inside the compiled graphs.
         """
-        self._meters = list(meters)
-        for meter in self._meters:
-            if meter is not None:
-                meter.norm = None
-        self._pending = []
-        self._weight = weight
-        leaves = []
-        for feature in features:
-            record: dict[str, Tensor] = {}
-            leaf = feature.detach().requires_grad_()
-            feature.register_hook(_norm_recorder(record, "task"))
-            leaf.register_hook(_norm_recorder(record, "distillation"))
-            self._pending.append(record)
-            leaves.append(leaf)
+        leaves = [feature.detach().requires_grad_() for feature in features]
+        self._open = _Measurement(features, leaves, weight, meters, self._steps - 1)
         return leaves
 
     def limited(self, feature: Tensor) -> Tensor:
@@ -163,8 +183,10 @@ class Balance:
         """
         size = losses.detach().abs().to(self.scales)
         guess = torch.where(torch.isfinite(size) & (size > 0), 1 / size, torch.ones_like(size))
-        self._used = torch.where(self._measured > 0, self.scales, guess)
-        return self._used
+        used = torch.where(self._measured > 0, self.scales, guess)
+        if self._open is not None:
+            self._open.used = used
+        return used
 
     @property
     def factors(self) -> Tensor:
@@ -173,28 +195,27 @@ class Balance:
 
     def forget(self) -> None:
         """Drop a measurement whose step came to nothing, with all that it holds of the step."""
-        self._pending = []
+        self._open = None
 
     def close(self) -> None:
-        """Take the norms of the last measuring step; a level that no gradient has reached counts as 0.
+        """Take the norms of a measuring step whose backward pass has come; levels that it did not reach count as 0.
 
         The next step does this by itself. Under DDP all ranks must call it together.
         """
-        pending, self._pending = self._pending, []
-        if not pending:
+        measurement = self._open
+        if measurement is None or not measurement.has_arrived:
             return
-        zero = self.scales.new_zeros(())
-        for record, meter in zip(pending, self._meters, strict=False):
-            if meter is not None and meter.norm is not None:
-                # where graphs end between neck and head, the feature's own hook has seen a part of the gradient only
-                record["task"] = meter.norm.to(zero)
-        task, distillation = (
-            torch.stack([record.get(key, zero) for record in pending]) for key in ("task", "distillation")
-        )
-        unknown = torch.full_like(zero, math.nan)
-        products = torch.stack([record.get("product", unknown).to(zero) for record in pending])
+        self._open, self._missed = None, 0
+        if measurement.is_void:
+            self._tell(
+                "Several backward passes went through the features of one measuring step, each with a part of the "
+                "task's gradient, so that nothing was measured: add the losses and call backward() once, or set "
+                "balance.mode=fixed."
+            )
+            return
+        task, distillation, products = measurement.norms(self.scales)
         self.cosines = products / (task * distillation)
-        self.update(task, distillation / (self._used * self._weight))
+        self.update(task, distillation / (measurement.used.to(self.scales) * measurement.weight))
 
     def update(self, task: Tensor, distillation: Tensor) -> None:
         """Take one measurement into the scales.
@@ -209,9 +230,9 @@ class Balance:
         """
         config = self.config
         task, distillation = task.to(self.scales), distillation.to(self.scales)
-        if is_distributed():
+        if is_distributed(self.process_group):
             both = torch.stack([task, distillation]).square()
-            torch.distributed.all_reduce(both)  # the ranks must agree on the scales
+            all_reduce(both, self.process_group)  # the ranks must agree on the scales
             task, distillation = both.sqrt()
         if not config.per_level:
             task, distillation = (self._whole(norms) for norms in (task, distillation))
@@ -234,7 +255,7 @@ class Balance:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs: plain tensors and numbers."""
-        if not is_distributed():  # one rank saves alone; there, close() comes before
+        if not is_distributed(self.process_group):  # one rank saves alone; there, close() comes before
             self.close()
         state = {name: getattr(self, name).cpu() for name in ("scales", "ratios", "_measured")}
         return {**state, "_steps": self._steps}
@@ -281,11 +302,36 @@ def limit_images(gradient: Tensor, limit: float) -> Tensor:
     return gradient * factors.to(gradient.dtype)[:, None, None, None]
 
 
-def _norm_recorder(record: dict[str, Tensor], key: str) -> Any:
-    """A gradient hook that notes the norm, and with the second gradient of a level the product with the first."""
+class _Measurement:
+    """One measuring step: what gradients come back through its features, in the backward pass that it waits for."""
 
-    def hook(gradient: Tensor | None) -> None:
+    def __init__(
+        self,
+        features: list[Tensor],
+        leaves: list[Tensor],
+        weight: float,
+        meters: Sequence[GradientMeter | None],
+        step: int,
+    ) -> None:
+        self.weight, self.meters, self.step = weight, list(meters), step
+        self.used = torch.ones(len(features))  # what the losses are multiplied by
+        self.is_void = False
+        self._leaves = [weakref.ref(leaf) for leaf in leaves]
+        self._records: list[dict[str, Tensor]] = [{} for _ in features]
+        for meter in self.meters:
+            if meter is not None:
+                meter.norm = None
+        for record, feature, leaf in zip(self._records, features, leaves, strict=True):
+            feature.register_hook(functools.partial(self._record, record, "task"))
+            leaf.register_hook(functools.partial(self._record, record, "distillation"))
+
+    def _record(self, record: dict[str, Tensor], key: str, gradient: Tensor | None) -> None:
+        """A gradient hook that notes the norm, and with the second gradient of a level the product with the first."""
         if gradient is None:  # a compiled student whose head does not use this feature; counts as 0
+            return
+        if key in record:  # another backward pass: neither it nor the first has seen the whole gradient
+            self.is_void = True
+            record.pop("first", None)
             return
         gradient = gradient.detach()
         record[key] = norm(gradient)
@@ -295,4 +341,27 @@ def _norm_recorder(record: dict[str, Tensor], key: str) -> Any:
         else:
             record["product"] = (other.float() * gradient).sum()
 
-    return hook
+    @property
+    def has_arrived(self) -> bool:
+        """Whether a backward pass has come through any of the features."""
+        return any(self._records) or any(meter is not None and meter.norm is not None for meter in self.meters)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether no backward pass can come any more: the step's graph is gone."""
+        return all(leaf() is None for leaf in self._leaves)
+
+    def norms(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(L,) each: norms of the task's and the distillation's gradient, their product (NaN: not known)."""
+        for record, meter in zip(self._records, self.meters, strict=False):
+            if meter is not None and meter.norm is not None:
+                # where graphs end between neck and head, the feature's own hook has seen a part of the gradient only
+                record["task"] = meter.norm
+        missing = {"task": 0.0, "distillation": 0.0, "product": math.nan}
+        task, distillation, products = (
+            torch.stack(
+                [record[key].to(like) if key in record else like.new_full((), value) for record in self._records]
+            )
+            for key, value in missing.items()
+        )
+        return task, distillation, products

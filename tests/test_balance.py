@@ -48,7 +48,7 @@ def test_the_cosine_between_the_two_gradients():
     assert balance.cosines.tolist() == pytest.approx([-1.0, 1 / math.sqrt(2)])
     balance.observe([torch.zeros(3, requires_grad=True) * 1.0] * 2, 1.0)
     balance.close()
-    assert all(math.isnan(value) for value in balance.cosines), "no backward pass came along"
+    assert balance.cosines.tolist() == pytest.approx([-1.0, 1 / math.sqrt(2)]), "no backward pass came along"
 
 
 def test_one_scale_for_all_levels():
@@ -114,6 +114,58 @@ def test_a_measurement_without_backward_is_dropped():
     balance.observe([torch.zeros(3, requires_grad=True) * 1.0] * 2, 1.0)
     balance.next_step()
     assert balance.factors.tolist() == [0.0, 0.0]
+
+
+def called(balance, losses):
+    """One call of a distiller; its loss is added to those of the calls that share a backward pass."""
+    feature = torch.ones(3, requires_grad=True) * 1.0
+    used = features = [feature, feature * 1.0]
+    if measuring := balance.next_step():
+        used = balance.observe(used, 1.0)
+    loss = sum((each * 3).sum() for each in used)
+    losses.append((sum(features) * 6).sum() + (loss * balance.trial(loss.expand(2)).sum() if measuring else loss * 0))
+    return measuring
+
+
+@pytest.mark.parametrize("calls", [2, 4, 20])
+def test_calls_that_share_a_backward_pass_are_measured(calls, caplog):
+    balance, measured = gradient(), 0
+    for _ in range(40 // calls):
+        losses = []
+        measured += sum(called(balance, losses) for _ in range(calls))
+        sum(losses).backward()
+    balance.close()
+    assert measured >= 2
+    assert torch.equal(balance._measured, torch.full((2,), float(measured)))
+    assert not caplog.records
+
+
+def test_measurements_without_a_backward_pass_are_said(caplog):
+    balance = gradient()
+    for _ in range(11):
+        called(balance, [])
+    assert "No backward pass has reached the last 3 measurement(s)" in caplog.text
+    assert balance.factors.tolist() == [0, 0]
+    called(kept := gradient(interval=100), losses := [])
+    for _ in range(299):
+        assert not called(kept, losses), "its graph is alive: the backward pass may come"
+    caplog.clear()
+    assert called(kept, losses)
+    assert "300 calls ago" in caplog.text
+
+
+def test_a_gradient_in_pieces_measures_nothing_and_is_said(caplog):
+    balance = gradient()
+    for _ in range(2):
+        assert balance.next_step()
+        feature = torch.zeros(3, requires_grad=True) * 1.0
+        leaves = balance.observe([feature, feature * 1.0], 1.0)
+        ((feature * 1000).sum() + sum(leaf.sum() for leaf in leaves)).backward(retain_graph=True)
+        feature.sum().backward()
+    balance.close()
+    assert balance.factors.tolist() == [0, 0], "the last piece alone is a thousandth of the gradient"
+    assert caplog.text.count("Several backward passes") == 1
+    assert all(math.isnan(value) for value in balance.cosines)
 
 
 @pytest.mark.parametrize("bad", [0.0, math.inf, math.nan])

@@ -13,7 +13,7 @@ from fgd_hooks.initialization.neck_head import Parts
 from fgd_hooks.initialization.reconstruction import fit_channels
 from fgd_hooks.initialization.report import InitializationReport
 from fgd_hooks.initialization.weight_selection import inherit_channels, is_untrained
-from fgd_hooks.utils.distributed import on_any_process
+from fgd_hooks.utils.distributed import WORLD, ProcessGroup, on_any_process
 from fgd_hooks.utils.modules import unwrap
 
 LEAST = 0.9
@@ -28,6 +28,7 @@ def initialize(
     parts: Parts | None = None,
     teacher_parts: Parts | None = None,
     images: Callable[[], Any] | None = None,
+    process_group: ProcessGroup = WORLD,
 ) -> InitializationReport | None:
     """Initialise the student from its teacher as the setting ``inherit`` says; None where that is not at all.
 
@@ -41,6 +42,7 @@ def initialize(
         parts: the student's modules of each of these parts; None: found by a probe.
         teacher_parts: the teacher's.
         images: gives what the layers are fitted to; whatever it raises is a ValueError here.
+        process_group: as in :func:`fgd_hooks.fit_channels`.
 
     Raises:
         TeacherError, TapError, ValueError: "fitted" without images, or where there are none to be had; see
@@ -57,7 +59,8 @@ def initialize(
     if what == "channels" or images is None or not report.copied:
         return report
     try:
-        fit = fit_channels(student, teacher=teacher, images=_called(images, student))
+        given = _called(images, student, process_group)
+        fit = fit_channels(student, teacher=teacher, images=given, process_group=process_group)
         return dataclasses.replace(report, fitted=fit.fitted, unfitted=fit.unfitted)
     except ValueError as error:
         if not automatic:
@@ -65,7 +68,7 @@ def initialize(
         return dataclasses.replace(report, fitted={}, unfitted={"all": str(error)})
 
 
-def _called(images: Callable[[], Any], student: nn.Module) -> Any:
+def _called(images: Callable[[], Any], student: nn.Module, process_group: ProcessGroup) -> Any:
     """What the function gives; a ValueError on all processes where it fails on one, so that none waits for it."""
     failure: Exception | None = None
     found = None
@@ -73,7 +76,7 @@ def _called(images: Callable[[], Any], student: nn.Module) -> Any:
         found = images()
     except Exception as error:  # of a user's data set or trainer, whatever it is: a start may not end a training
         failure = error
-    if on_any_process(failure is not None, next(student.parameters()).device):
+    if on_any_process(failure is not None, next(student.parameters()).device, process_group):
         reason = f"{type(failure).__name__}: {failure}" if failure else "on another process; see its log"
         raise ValueError(f"There were no images to fit the student's layers to ({reason}).") from failure
     return found

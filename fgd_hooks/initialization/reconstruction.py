@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fgd_hooks.initialization.layers import BatchNorm, Unit, checked, units
 from fgd_hooks.initialization.report import InitializationReport
 from fgd_hooks.taps.hooks import first_argument
-from fgd_hooks.utils.distributed import is_distributed, on_any_process
+from fgd_hooks.utils.distributed import WORLD, ProcessGroup, broadcast, on_any_process
 from fgd_hooks.utils.linalg import cell_places, chosen_cells, evenly_spaced, ridge_change, wide
 from fgd_hooks.utils.modules import all_tensors, write_tensors
 from fgd_hooks.utils.preserve import preserve
@@ -34,7 +34,9 @@ CONSTANT = 1e-10  # a channel whose variance is at most this share of its square
 
 
 @torch.no_grad()
-def fit_channels(student: nn.Module, *, teacher: nn.Module, images: Any) -> InitializationReport:
+def fit_channels(
+    student: nn.Module, *, teacher: nn.Module, images: Any, process_group: ProcessGroup = WORLD
+) -> InitializationReport:
     """Fit each of the student's convolutions to the evenly spaced channels of the teacher's of that name, in place.
 
     Minimises sum |t - W x|² + r |W - W0|² for each layer, over at most :data:`MAX_CELLS` cells: x is what the layer
@@ -56,6 +58,8 @@ def fit_channels(student: nn.Module, *, teacher: nn.Module, images: Any) -> Init
         teacher: its batch normalisations must not be folded in (fused). It is not changed.
         images: what both are called with, on their device: for most models (N, 3, H, W). Some dozens of images as the
             student will meet them in training; all of them go through the models at once.
+        process_group: the processes that fit together; "world": all, where torch.distributed is at work; None: this
+            one alone.
 
     Raises:
         TeacherError: the teacher is the student, shares its weights or holds NaN.
@@ -86,14 +90,14 @@ def fit_channels(student: nn.Module, *, teacher: nn.Module, images: Any) -> Init
                 raise ValueError(f"The fit of {name} gave {key} values that are not finite; are those of the images?")
     except ValueError as error:
         failure = error
-    if on_any_process(failure is not None, next(iter(before.values())).device if before else torch.device("cpu")):
+    device = next(iter(before.values())).device if before else torch.device("cpu")
+    if on_any_process(failure is not None, device, process_group):
         write_tensors(student, before)
         raise failure or ValueError("The student's layers could not be fitted on another process; see its log.")
     unfit = "it does not run, or its features are constant or not finite"
     kept |= {fit.name: unfit for fit in fits if fit.explained is None}
-    if is_distributed():
-        for tensor in [*student.parameters(), *student.buffers()]:
-            torch.distributed.broadcast(tensor, 0)
+    for tensor in [*student.parameters(), *student.buffers()]:
+        broadcast(tensor, process_group)
     return InitializationReport(fitted={f.name: f.explained for f in fits if f.explained is not None}, unfitted=kept)
 
 
