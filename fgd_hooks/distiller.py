@@ -6,7 +6,6 @@ import contextlib
 import textwrap
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 from fgd_hooks.adapters import create_adapter, run_adapter
 from fgd_hooks.balance import Balance
 from fgd_hooks.config import FGDConfig, load_config
-from fgd_hooks.guards import GradientGuard, StepHealth, zero_unless_finite
+from fgd_hooks.distilled import Distilled, assemble
+from fgd_hooks.guards import GradientGuard, StepHealth
 from fgd_hooks.losses.base import LossResult
 from fgd_hooks.masks import PackedBoxes, check_boxes
 from fgd_hooks.pairing import DistillationPair, build_loss, check_names, plan_pairs, signature
@@ -26,35 +26,11 @@ from fgd_hooks.taps.hooks import FeatureTaps, check_not_replicated
 from fgd_hooks.taps.levels import find_sources
 from fgd_hooks.teacher import FrozenTeacher, check_apart, first_input, run_teachers
 from fgd_hooks.utils.checkpoint import check_count, check_tensor
-from fgd_hooks.utils.distributed import is_distributed
+from fgd_hooks.utils.distributed import WORLD, ProcessGroup
 from fgd_hooks.utils.modules import unwrap
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-@dataclass
-class Distilled:
-    """What one step of distillation gives.
-
-    Args:
-        loss: (), to be added to the task's loss.
-        parts: each part of the loss summed over the levels, as it enters ``loss`` (detached).
-        levels: the same for each level: ``levels["P3"]["foreground"]`` (detached).
-        raw: each level's parts before the loss's own weights, the balance and the schedule (detached).
-        weight: what the loss is multiplied by in this step, the configured weight times the schedule; 0 when the step
-            does not distil.
-        measured: whether this step measured the balance, so that the student learned from the task alone.
-        resting: whether the step does not distil because of ``interval``.
-    """
-
-    loss: Tensor
-    parts: dict[str, Tensor]
-    levels: dict[str, dict[str, Tensor]]
-    raw: dict[str, dict[str, Tensor]]
-    weight: float = 0.0
-    measured: bool = False
-    resting: bool = False
 
 
 class Distiller(nn.Module):
@@ -62,8 +38,8 @@ class Distiller(nn.Module):
 
     ::
 
-        distiller = Distiller(student, teacher=teacher)
-        optimizer.add_param_group({"params": distiller.parameters()})
+        distiller = Distiller(student, teacher=teacher, epochs=epochs)
+        optimizer = AdamW([{"params": student.parameters()}, *distiller.param_groups()])
         for images, targets in loader:
             task_loss = criterion(student(images), targets)
             distilled = distiller(images, boxes)
@@ -80,6 +56,9 @@ class Distiller(nn.Module):
         config: an :class:`~fgd_hooks.config.FGDConfig`, a dict, a YAML file, or None for the defaults.
         example: what both models are called with in the probe (:func:`fgd_hooks.taps.calls.call_model`); None: zeros.
         teacher_inputs: the same for the teachers, where they are called in another way.
+        epochs: how many the training will have, as for :meth:`set_epoch`.
+        process_group: of ``torch.distributed``: the processes that fit and measure together, all of which then distil
+            step by step; "world": all, where there is a process group; None: this process distils alone.
 
     Raises:
         TeacherError: the teacher is the student, shares its weights, is given twice or holds NaN.
@@ -97,8 +76,11 @@ class Distiller(nn.Module):
         config: FGDConfig | Mapping[str, Any] | str | Path | None = None,
         example: Any = None,
         teacher_inputs: Any = None,
+        epochs: int | None = None,
+        process_group: ProcessGroup = WORLD,
     ) -> None:
         super().__init__()
+        self.process_group = process_group
         self.config = config = load_config(config)
         check_names(config)
         check_not_replicated(student)
@@ -112,11 +94,13 @@ class Distiller(nn.Module):
             self.adapters[pair.name] = create_adapter(config.adapter, pair.student.channels, pair.teacher.channels)
             self.losses[pair.name] = build_loss(pair.loss, pair.teacher.channels)
         self.to(next(student.parameters(), torch.empty(0)).device)
+        for adapter in self.adapters.values():
+            adapter.process_group = process_group
         self.balance = self.new_balance(config)
         self.clock = Clock()
+        self.set_epoch(0, epochs)
         self._health = StepHealth(config)
-        for parameter in self.parameters():
-            parameter.register_hook(zero_unless_finite)
+        self.trained = list(self.parameters())
         taps = [pair.student.tap for pair in self.pairs]
         sources = find_sources(student, taps, example=example)
         self.taps = FeatureTaps(student, taps, role="student", grad_only=True, sources=sources)
@@ -133,12 +117,19 @@ class Distiller(nn.Module):
     def new_balance(self, config: FGDConfig) -> Balance:
         """A fresh balance for these pairs."""
         weights, groups = zip(*((pair.weight, pair.group) for pair in self.pairs), strict=True)
-        return Balance(config.balance, len(self.pairs), weights, groups)
+        return Balance(config.balance, len(self.pairs), weights, groups, self.process_group)
 
     @property
     def teachers(self) -> list[nn.Module]:
         """The teachers, frozen."""
         return [teacher.model for teacher in self._teachers]
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """What is trained beside the student, for an optimizer, which is to be made with it and before its scheduler.
+
+        A group that is added to an optimizer later has no place in the scheduler's lists. Without any: no group.
+        """
+        return [{"params": self.trained}] if self.trained else []
 
     @property
     def level_names(self) -> list[str]:
@@ -217,14 +208,18 @@ class Distiller(nn.Module):
         measuring = self.balance.next_step()
         if measuring:
             features = self.balance.observe(features, weight, self.taps.meters)
-        guard = GradientGuard()
-        results = [
-            self.level_loss(pair, guard.watch(feature), target, packed, score)
+        guard = GradientGuard(self.trained, device)
+        results = {
+            pair.name: self.level_loss(pair, guard.watch(feature), target, packed, score)
             for pair, feature, target, score in zip(self.pairs, features, taught, scores, strict=True)
-        ]
-        losses = torch.stack([result.loss for result in results])
+        }
+        losses = torch.stack([result.loss for result in results.values()])
         scales = self.balance.trial(losses) if measuring else self.balance.factors
-        distilled = self._assemble(losses, results, scales * weight, guard)
+        distilled, guard.finite = assemble(losses, results, scales * weight, guard.zero)
+        guard.watch_parameters(distilled.loss)
+        self._health.count(guard.finite, self.trained)
+        if self._health.steps == self.config.balance.interval + 2:
+            self.balance.warn_if_unmeasured(self.level_names)
         distilled.weight, distilled.measured = weight, measuring
         if task_loss is not None:
             self._health.compare(distilled.loss, task_loss)
@@ -277,37 +272,11 @@ class Distiller(nn.Module):
         result: LossResult = self.losses[pair.name](adapted, teacher, boxes, **more)
         return result
 
-    def _assemble(self, losses: Tensor, results: list[LossResult], factors: Tensor, guard: GradientGuard) -> Distilled:
-        """The levels' losses as one, 0 and without gradient where it is not finite; ``factors``: (L,) of the losses."""
-        total = (losses * factors).sum()
-        finite = guard.finite = torch.isfinite(total.detach())
-        zero = torch.zeros_like(finite, dtype=total.dtype)
-        self._health.count(finite)
-        if self._health.steps == self.config.balance.interval + 2:
-            self.balance.warn_if_unmeasured(self.level_names)
-        levels: dict[str, dict[str, Tensor]] = {}
-        raw: dict[str, dict[str, Tensor]] = {}
-        for name, factor, result in zip(self.level_names, factors, results, strict=True):
-            raw[name] = {part: value.detach() for part, value in result.raw.items()}
-            levels[name] = {
-                part: torch.where(finite, value.detach() * factor, zero) for part, value in result.parts.items()
-            }
-        parts = {
-            part: torch.stack([level[part] for level in levels.values() if part in level]).sum()
-            for part in self.part_names
-        }
-        return Distilled(torch.where(finite, total, zero), parts, levels, raw)
-
     def _nothing(self, resting: bool) -> Distilled:
-        """A step without distillation. Under DDP the parameters must take part in each step all the same."""
-        zero = loss = torch.zeros((), device=next(self.parameters(), torch.empty(0)).device)
-        if is_distributed() and torch.is_grad_enabled():
-            loss = loss + 0.0 * sum(parameter.sum() for parameter in self.parameters())
-        levels, raw = (
-            {name: dict.fromkeys(each.part_names, zero) for name, each in self.losses.items()}  # type: ignore[arg-type]
-            for _ in range(2)
-        )
-        return Distilled(loss, dict.fromkeys(self.part_names, zero), levels, raw, resting=resting)
+        """A step without distillation: one launch, and no gradient for the parameters, under DDP neither."""
+        device = self.trained[0].device if self.trained else self.balance.scales.device
+        names = {name: each.part_names for name, each in self.losses.items()}  # type: ignore[misc]
+        return Distilled(torch.zeros((), device=device), names, resting=resting)  # type: ignore[arg-type]
 
     @contextlib.contextmanager
     def batch_to_diagnose(

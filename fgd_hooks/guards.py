@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ DOMINANT = 10.0  # times the task's loss
 
 
 DOMINANT_STEPS = 100  # in a row
+
+IDLE_FROM, IDLE_STEPS = 4, 100  # after the fit
 
 
 class StepHealth:
@@ -33,25 +36,31 @@ class StepHealth:
         self.config = config
         self.steps = 0
         self._bad = torch.zeros(2, dtype=torch.long)  # in a row, in all
+        self._kept = torch.tensor([0, 1])  # of the two, what a good step leaves
         self._dominant = torch.zeros((), dtype=torch.long)  # in a row
         self._compared = 0
         self._warned = False
+        self._versions: list[int] = []
 
     @property
     def skipped(self) -> int:
         """Steps so far whose distillation loss was not finite and was left out."""
         return int(self._bad[1])
 
-    def count(self, finite: Tensor) -> None:
+    def count(self, finite: Tensor, trained: Sequence[Tensor] = ()) -> None:
         """Count one distilling step.
 
         Args:
             finite: (), bool, whether its loss was finite.
+            trained: the parameters that some optimizer should step.
         """
         self.steps += 1
-        bad = (~finite).long()
-        self._bad = torch.stack([(self._bad[0].to(bad) + 1) * bad, self._bad[1].to(bad) + bad])
-        if bad.device.type != "cpu" and self.steps % self.config.max_bad_steps:
+        if self.steps in (IDLE_FROM, IDLE_FROM + IDLE_STEPS):
+            self._look_at(trained)
+        if self._bad.device != finite.device:
+            self._bad, self._kept = self._bad.to(finite.device), self._kept.to(finite.device)
+        self._bad = torch.where(finite, self._bad * self._kept, self._bad + 1)
+        if finite.device.type != "cpu" and self.steps % self.config.max_bad_steps:
             return
         in_a_row, in_all = self._bad.tolist()
         if in_a_row >= self.config.max_bad_steps:
@@ -60,13 +69,25 @@ class StepHealth:
                 "features on your data, at the precision of the training (amp), and at the learning rate; "
                 "max_bad_steps sets the number of steps that are tolerated."
             )
-        if in_a_row and (in_a_row == 1 or bad.device.type != "cpu"):
+        if in_a_row and (in_a_row == 1 or finite.device.type != "cpu"):
             logger.warning(
                 "Distilling step %d: the distillation loss is not finite; the step uses the task's loss alone "
                 "(%d so far).",
                 self.steps,
                 in_all,
             )
+
+    def _look_at(self, trained: Sequence[Tensor]) -> None:
+        """Warn where nothing has written into the parameters for :data:`IDLE_STEPS` steps; the host knows that."""
+        versions = [parameter._version for parameter in trained]
+        if versions and versions == self._versions:
+            logger.warning(
+                "No optimizer has changed any of the %d parameters of adapters and losses in %d distilling steps, so "
+                "they stay as they began: make the optimizer with distiller.param_groups(), before its scheduler.",
+                sum(parameter.numel() for parameter in trained),
+                IDLE_STEPS,
+            )
+        self._versions = versions
 
     def compare(self, distillation: Tensor, task: Tensor) -> None:
         """Warn, once, when the distillation loss was more than 10 times the task's for 100 steps in a row.
@@ -99,12 +120,22 @@ class StepHealth:
 
 
 class GradientGuard:
-    """Keeps the gradient of a step's loss away from the student when that loss is not finite.
+    """Keeps gradients that are not finite away from the student, the adapters and the losses in one backward pass.
 
-    The flag stays on the device: no step waits for it.
+    All stays on the device: no step waits for it.
+
+    Args:
+        trained: parameters whose gradients become 0, all of them, where one value is not finite at the pass's end.
+        device: of the losses.
+
+    Attributes:
+        finite: () bool, whether the step's loss is; where not, the student gets zeros.
+        zero: ().
     """
 
-    def __init__(self) -> None:
+    def __init__(self, trained: Sequence[Tensor] = (), device: torch.device | None = None) -> None:
+        self.trained = trained
+        self.zero = torch.zeros((), device=device)
         self.finite: Tensor | None = None
 
     def watch(self, feature: Tensor) -> Tensor:
@@ -117,14 +148,24 @@ class GradientGuard:
 
     def __call__(self, gradient: Tensor) -> Tensor:
         """The gradient, or zeros when the loss turned out not to be finite."""
-        if self.finite is None:
-            return gradient
-        return torch.where(self.finite, gradient, torch.zeros_like(gradient))
+        return gradient if self.finite is None else torch.where(self.finite, gradient, self.zero.to(gradient))
 
+    def watch_parameters(self, loss: Tensor) -> None:
+        """Clean the parameters' gradients at the end of each backward pass that ``loss`` () is part of."""
+        if loss.requires_grad and self.trained:
+            loss.register_hook(self._begin)
 
-def zero_unless_finite(gradient: Tensor | None) -> Tensor | None:
-    """Gradient hook of adapters and context blocks (None for one whose part has the weight 0)."""
-    if gradient is None:
-        return None
-    largest = torch.linalg.vector_norm(gradient, float("inf"))  # NaN stays NaN; three launches instead of seven in all
-    return torch.where(largest < float("inf"), gradient, 0.0)
+    def _begin(self, gradient: Tensor) -> None:
+        queue = torch.autograd.Variable._execution_engine.queue_callback
+        queue(lambda: queue(self._clean))  # behind DDP's own, which hands out the gradients of all ranks
+
+    @torch.no_grad()
+    def _clean(self) -> None:
+        """One norm over all gradients, instead of a look at each of some dozens of small ones."""
+        given = [p.grad for p in self.trained if p.grad is not None and not p.grad.requires_grad]
+        for kind in {(grad.device, grad.dtype) for grad in given}:
+            grads = [grad for grad in given if (grad.device, grad.dtype) == kind]
+            flat = torch.cat([grad.reshape(-1) for grad in grads])
+            good = torch.linalg.vector_norm(flat, float("inf")) < float("inf")  # NaN stays NaN
+            clean = torch.where(good, flat, self.zero.to(flat)).split([grad.numel() for grad in grads])
+            torch._foreach_copy_(grads, [new.view(grad.shape) for new, grad in zip(clean, grads, strict=True)])

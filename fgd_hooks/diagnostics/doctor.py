@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from fgd_hooks.config import ScheduleConfig
 from fgd_hooks.diagnostics import checks
 from fgd_hooks.diagnostics.report import Finding, Report, red, yellow
-from fgd_hooks.distiller import Distilled, Distiller
+from fgd_hooks.distilled import Distilled
+from fgd_hooks.distiller import Distiller
 from fgd_hooks.errors import TapError
 from fgd_hooks.guards import StepHealth
 from fgd_hooks.masks import PackedBoxes

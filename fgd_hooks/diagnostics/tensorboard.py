@@ -11,8 +11,8 @@ import torch
 if TYPE_CHECKING:
     from fgd_hooks.config import FGDConfig
     from fgd_hooks.diagnostics.attention import LevelSheet
-    from fgd_hooks.distiller import Distilled, Distiller
-
+    from fgd_hooks.distilled import Distilled
+from fgd_hooks.distiller import Distiller
 
 # tags of the run's row in TensorBoard's table of hyper-parameters
 FINAL_MAP, FINAL_MAP50, BEST_MAP = "final/mAP50-95", "final/mAP50", "best/mAP50-95"

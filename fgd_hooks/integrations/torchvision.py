@@ -30,7 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from fgd_hooks.config import FGDConfig, TeacherShare, load_config
-from fgd_hooks.distiller import Distilled, Distiller
+from fgd_hooks.distilled import Distilled
+from fgd_hooks.distiller import Distiller
 from fgd_hooks.errors import TapError, needs_extra
 from fgd_hooks.masks import PackedBoxes
 from fgd_hooks.taps.canvas import Size

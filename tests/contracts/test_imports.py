@@ -9,7 +9,7 @@ LAYERS = [  # from the ground up; `evaluation` stands on errors alone
     "errors masks",
     "utils evaluation",
     "config taps losses adapters",
-    "teacher pairing balance schedule guards",
+    "teacher pairing balance schedule guards distilled",
     "distiller initialization",
     "diagnostics",
     "integrations",

@@ -13,7 +13,7 @@ from torch import Tensor, nn, rand
 from typing_extensions import assert_type
 
 from fgd_hooks import Distiller, FGDConfig, load_config
-from fgd_hooks.distiller import Distilled
+from fgd_hooks.distilled import Distilled
 from fgd_hooks.integrations.torchvision import TorchvisionDistiller
 
 

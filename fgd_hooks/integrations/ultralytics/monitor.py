@@ -26,7 +26,8 @@ from fgd_hooks.diagnostics.tensorboard import (
     write_scalars,
     write_sheets,
 )
-from fgd_hooks.distiller import Distilled, Distiller
+from fgd_hooks.distilled import Distilled
+from fgd_hooks.distiller import Distiller
 from fgd_hooks.evaluation.runs import MAP, MAP50
 from fgd_hooks.masks import PackedBoxes
 from fgd_hooks.utils.modules import gradient_norm

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fgd_hooks.config import FGDConfig
-from fgd_hooks.distiller import Distilled, Distiller
+from fgd_hooks.distilled import Distilled
+from fgd_hooks.distiller import Distiller
 from fgd_hooks.integrations.ultralytics.boxes import boxes_of, mask_boxes_of
 from fgd_hooks.integrations.ultralytics.checkpoint import DistillationCheckpoint
 from fgd_hooks.integrations.ultralytics.compat import DistillingLoss, drop_loss, images_counted
