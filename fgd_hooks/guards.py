@@ -40,7 +40,7 @@ class StepHealth:
         self._dominant = torch.zeros((), dtype=torch.long)  # in a row
         self._compared = 0
         self._warned = False
-        self._versions: list[int] = []
+        self._seen: tuple[list[int], list[Tensor]] | None = None
 
     @property
     def skipped(self) -> int:
@@ -78,16 +78,19 @@ class StepHealth:
             )
 
     def _look_at(self, trained: Sequence[Tensor]) -> None:
-        """Warn where nothing has written into the parameters for :data:`IDLE_STEPS` steps; the host knows that."""
-        versions = [parameter._version for parameter in trained]
-        if versions and versions == self._versions:
+        """Warn where nothing has written into the parameters for :data:`IDLE_STEPS` steps; a GPU waits for it once."""
+        if not trained:
+            return
+        # a version counts what is written in place, but not what a fused optimizer writes
+        sizes = [torch.linalg.vector_norm(each.detach()) for each in trained]
+        seen, self._seen = self._seen, ([each._version for each in trained], sizes)
+        if seen and seen[0] == self._seen[0] and all(map(torch.equal, seen[1], sizes)):
             logger.warning(
                 "No optimizer has changed any of the %d parameters of adapters and losses in %d distilling steps, so "
                 "they stay as they began: make the optimizer with distiller.param_groups(), before its scheduler.",
-                sum(parameter.numel() for parameter in trained),
+                sum(each.numel() for each in trained),
                 IDLE_STEPS,
             )
-        self._versions = versions
 
     def compare(self, distillation: Tensor, task: Tensor) -> None:
         """Warn, once, when the distillation loss was more than 10 times the task's for 100 steps in a row.

@@ -372,6 +372,34 @@ def test_the_schedule_is_applied(models):
     assert losses[2] == 0
 
 
+def test_the_total_is_told_at_the_start(models):
+    student, teacher = models
+    distiller = Distiller(student, teacher=teacher, config=FIXED, epochs=10)  # distils in the first 35 %
+    images, boxes = batch()
+    losses = []
+    for epoch in (3, 4):
+        distiller.set_epoch(epoch)
+        student(images)
+        losses.append(distiller(images, boxes).loss)
+    assert losses[0] > 0
+    assert losses[1] == 0
+    assert not losses[1].requires_grad
+
+
+def test_an_optimizer_with_its_groups_keeps_its_scheduler(models):
+    student, teacher = models
+    distiller = Distiller(student, teacher=teacher, config=FIXED)
+    optimizer = torch.optim.AdamW([{"params": student.parameters()}, *distiller.param_groups()], 1e-3)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=5)
+    optimizer.step()
+    scheduler.step()
+    (group,) = distiller.param_groups()
+    assert {id(p) for p in group["params"]} == {id(p) for p in distiller.parameters()}
+    assert optimizer.param_groups[1]["lr"] == optimizer.param_groups[0]["lr"]
+    plain = Distiller(student, teacher=copy.deepcopy(student), config={"loss": {"name": "pkd"}})
+    assert plain.param_groups() == []
+
+
 def test_an_epoch_without_a_total_keeps_the_one_that_is_known(models):
     student, teacher = models
     distiller = Distiller(student, teacher=teacher, config=FIXED)  # distils in the first 35 %

@@ -3,10 +3,11 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from fgd_hooks.config import FGDConfig, load_config
 from fgd_hooks.errors import NonFiniteError
-from fgd_hooks.guards import DOMINANT, DOMINANT_STEPS, GradientGuard, StepHealth, zero_unless_finite
+from fgd_hooks.guards import DOMINANT, DOMINANT_STEPS, IDLE_FROM, IDLE_STEPS, GradientGuard, StepHealth
 
 
 def feed(health, ratios):
@@ -73,8 +74,33 @@ def test_the_guard_lets_a_gradient_through_or_not(finite):
     assert torch.equal(feature.grad, torch.full_like(feature, 2.0 * finite))
 
 
-def test_a_gradient_with_one_bad_value_is_dropped_whole():
-    good = torch.tensor([1.0, -2.0])
-    assert torch.equal(zero_unless_finite(good), good)
-    assert torch.equal(zero_unless_finite(torch.tensor([1.0, math.inf])), torch.zeros(2))
-    assert zero_unless_finite(None) is None
+@pytest.mark.parametrize("bad", [1.0, math.inf, math.nan])
+def test_parameters_get_zeros_where_one_value_is_not_finite(bad):
+    one, other, unused = (torch.ones(3, 2, dtype=kind, requires_grad=True) for kind in (torch.float32,) * 3)
+    double = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    guard = GradientGuard([one, other, unused, double])
+    loss = (one * torch.tensor([2.0, bad])).sum() + (other * 3).sum() + (double * 5).sum()
+    guard.watch_parameters(loss)
+    (loss + one.sum()).backward()
+    kept = float(math.isfinite(bad))
+    assert torch.equal(one.grad, torch.tensor([3.0, 2.0]).expand(3, 2) * kept)
+    assert torch.equal(other.grad, torch.full((3, 2), 3.0 * kept))
+    assert unused.grad is None
+    assert torch.equal(double.grad, torch.full((2,), 5.0, dtype=torch.float64)), "another type is looked at apart"
+
+
+def test_parameters_that_no_optimizer_steps_are_said(caplog):
+    def train(optimizer):
+        health = StepHealth(FGDConfig())
+        for _ in range(IDLE_FROM + IDLE_STEPS):
+            health.count(torch.tensor(True), parameters)
+            for parameter in parameters:
+                parameter.grad = torch.ones_like(parameter)
+            optimizer and optimizer.step()
+
+    parameters = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    for settings in ({}, {"foreach": True}, {"fused": True}):
+        train(torch.optim.AdamW(parameters, **settings))
+        assert not caplog.records, settings
+    train(None)
+    assert "any of the 6 parameters" in caplog.text

@@ -91,7 +91,7 @@ def check_optimizer(
     whose = f"{len(own)} tensors of adapters and losses"
     if missing:
         found = f"{missing} of {whose} are in no optimizer; they would never be trained."
-        mend = 'Call optimizer.add_param_group({"params": distiller.parameters()}) before the first step.'
+        mend = "Make the optimizer with distiller.param_groups(), or add_param_group them before its scheduler is made."
         return red("optimizer", found, mend, values)
     if all(rates[id(parameter)] == 0 for parameter in own):
         mend = "Well during a warm-up that begins at 0; else give their group a learning rate."

@@ -5,7 +5,7 @@
     from fgd_hooks.integrations.torchvision import TorchvisionDistiller
 
     distiller = TorchvisionDistiller(student, teacher=teacher)
-    optimizer.add_param_group({"params": distiller.parameters()})
+    optimizer.add_param_group({"params": distiller.parameters()})  # before its scheduler is made
     for images, targets in loader:  # lists, as torchvision takes them
         losses = student(images, targets)
         distilled = distiller()

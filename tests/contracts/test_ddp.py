@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from fgd_hooks.utils.distributed import all_reduce, broadcast, on_any_process
+
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 
 
@@ -12,6 +14,7 @@ def work(rank, folder):
     from torch.nn.parallel import DistributedDataParallel
 
     from fgd_hooks import Distiller
+    from tests.contracts.test_steady_step import Calls
     from tests.helpers.tiny import TinyDetector, batch, trained
 
     torch.set_num_threads(1)
@@ -22,13 +25,19 @@ def work(rank, folder):
     distiller = Distiller(student, teacher=trained(TinyDetector((8, 16, 24)), seed=1), config=config)
     parallel = DistributedDataParallel(distiller)
     optimizer = torch.optim.AdamW([*student.parameters(), *distiller.parameters()], 1e-3)
-    losses = []
+    losses, counts = [], []
     for step in range(9):
         distiller.set_epoch(step // 3, 3)
+        if step == 6:  # stopped: what a parameter holds can no longer matter
+            next(distiller.parameters()).data.fill_(torch.inf)
         images, boxes = batch(10 * rank + step)
         task_loss = (student(images)["scores"] - 1).square().mean()
-        distilled = parallel(images, boxes)
+        with Calls() as calls:
+            distilled = parallel(images, boxes)
         (task_loss + distilled.loss).backward()
+        if step > 5:
+            counts.append(calls.launches)
+            assert all(parameter.grad is None for parameter in distiller.parameters())
         optimizer.step()
         optimizer.zero_grad()
         losses.append(distilled.loss.item())
@@ -36,7 +45,7 @@ def work(rank, folder):
             distiller.balance.close()
             if rank == 0:
                 distiller.training_state()
-    state = {"modules": distiller.state_dict(), "scales": distiller.balance.scales, "losses": losses}
+    state = {"modules": distiller.state_dict(), "scales": distiller.balance.scales, "losses": losses, "counts": counts}
     torch.save({**state, "student": student.module.state_dict()}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -53,7 +62,42 @@ def test_adapters_scales_and_student_stay_equal_on_all_ranks(tmp_path):
     for losses in (one["losses"], other["losses"]):
         assert all(loss > 0 for loss in losses[:6])
         assert losses[6:] == [0, 0, 0], "the schedule has stopped; the ranks go on together"
+    assert max(one["counts"] + other["counts"]) <= 5, "two buffers that DDP sends by default among them"
     assert one["losses"] != other["losses"], "each rank saw images of its own"
+
+
+def alone(rank, folder):
+    """A process group is at work, and one of its processes distils, by itself."""
+    import torch.distributed as dist
+
+    from fgd_hooks import Distiller
+    from tests.helpers.tiny import batch
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    if rank == 0:
+        student, teacher = two_models()
+        distiller = Distiller(student, teacher=teacher, process_group=None)
+        for step in range(3):
+            images, boxes = batch(step)
+            ((student(images)["scores"] - 1).square().mean() + distiller(images, boxes).loss).backward()
+        distiller.balance.close()
+        torch.save({"measured": distiller.balance._measured, **distiller.state_dict()}, f"{folder}/0.pt")
+        assert distiller.training_state()["balance"]
+    else:
+        mine = dist.new_group([1], use_local_synchronization=True)
+        flag = torch.tensor([2.0])
+        all_reduce(flag, mine)
+        broadcast(flag, mine)
+        assert flag == 2
+        assert on_any_process(True, flag.device, mine)
+    dist.destroy_process_group()
+
+
+def test_one_process_of_several_distils_alone(tmp_path):
+    mp.spawn(alone, args=(str(tmp_path),), nprocs=2)
+    state = torch.load(tmp_path / "0.pt", weights_only=True)
+    assert bool(state["adapters.P4.fitted"])
+    assert state["measured"].tolist() == [2.0] * 3
 
 
 FIXED = {"balance": {"mode": "fixed"}, "schedule": {"stop": None}}
