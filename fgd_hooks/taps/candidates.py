@@ -34,7 +34,7 @@ class Candidate:
 
     Args:
         kind: "given" to a module, "returned" by one, "calls": each given to a call of one module, or of modules of one
-            kind, "own": what the model itself returns.
+            kind, "branches": one map given to several modules, "own": what the model itself returns.
         places: the maps.
         strong: whether modules with parameters go on from them.
         call: the call that was given or returned them, for "given" and "returned".
@@ -176,6 +176,36 @@ class Chooser:
             if not all(any(outer.start in starts for outer in self.seen.around(call)) for call in each.calls):
                 yield each
 
+    def branching(self) -> Candidate | None:
+        """The last map that all is made of and that several modules take (classes, boxes) whose results stay apart."""
+        for number in sorted(self.maps, reverse=True) if self.seen.traced else ():
+            calls = [each for each in self.entered.get(number, []) if each.weighted]
+            apart = [each for each in calls if not set(map(id, self.seen.around(each))) & set(map(id, calls))]
+            if len({each.module for each in apart}) < 2 or self._merged(apart):
+                continue
+            found = [(io, path, tree) for io, path, tree in apart[0].inputs if isinstance(tree, Leaf)]
+            places = [Place(apart[0], *each) for each in found if each[2].number == number]
+            candidate = Candidate("branches", places)
+            if places and self.makes_all(candidate):
+                return candidate
+        return None
+
+    def _merged(self, branches: Sequence[ModuleCall]) -> bool:
+        """Whether a module takes what was made of the results of several calls, or may do so."""
+        results = [[leaf.number for _, leaf in leaves(each.output)] for each in branches]
+        for call in self.seen.calls:
+            within = any(call is each or each in self.seen.around(call) for each in branches)
+            if not call.weighted or within or call.start < branches[0].start or call.end == -1:
+                continue
+            given = [leaf.number for _, _, tree in call.inputs for _, leaf in leaves(tree)]
+            of = [
+                any(one == each or self.seen.depends(one, each) for one in given for each in numbers)
+                for numbers in results
+            ]
+            if not given or sum(of) > 1:
+                return True
+        return False
+
     def _goes_on(self, call: ModuleCall) -> bool:
         """Whether something is made of what a call returned, or the model returns it."""
         returned = [leaf.number for _, leaf in leaves(call.output)]
@@ -246,9 +276,10 @@ class Chooser:
         found = self.all()
         several = self._latest([each for each in found if len({self.size(p.leaf) for p in each.places}) > 1])
         single = self._latest([each for each in found if len({self.size(p.leaf) for p in each.places}) == 1])
+        single = max(filter(None, (single, self.branching())), key=lambda each: each.birth, default=None)
         if several is None or single is None:
             return several or single
-        later = single.birth > several.birth and len(single.places) == 1 and single.kind in ("given", "returned")
+        later = single.birth > several.birth and len(single.places) == 1 and single.kind not in ("own", "calls")
         return single if later and single.strong and self.seen.traced and self.makes_all(single) else several
 
     def _latest(self, found: list[Candidate]) -> Candidate | None:
@@ -272,7 +303,7 @@ class Chooser:
             elif each.kind == "calls":
                 drop = any(
                     self.continues(each, other)
-                    and (self._inside(each, other) or self._head_begins(other, each, shared))
+                    and (self._mixed(other) or self._inside(each, other) or self._head_begins(other, each, shared))
                     for other in others
                     if other.kind != "calls" or other.shared
                 )
@@ -280,7 +311,9 @@ class Chooser:
                 drop = False
             if not drop:
                 kept.append(each)
-        kept = [each for each in kept if self.makes_all(each)] or kept
+        whole = [each for each in kept if self.makes_all(each)]
+        if any(map(self._mixed, whole)) or not any(map(self._mixed, kept)):  # else a neck, and heads on the backbone
+            kept = whole or kept
         if not kept:
             return None
         own = [each for each in kept if each.kind != "own"]

@@ -146,7 +146,7 @@ def _places(best: Candidate, chooser: Chooser) -> list[Place]:
             inside = {leaf.number: path for path, leaf in leaves(call.output)}
             if isinstance(call.output, list) and best.numbers <= inside.keys():
                 return [replace(p, call=call, path=inside[p.number]) for p in best.places]
-    if best.kind == "calls":
+    if best.kind in ("calls", "branches"):
         made = {call.output.number: call for call in reversed(calls) if isinstance(call.output, Leaf)}
         return [replace(p, call=made[p.number], io="output") if p.number in made else p for p in best.places]
     return best.places

@@ -128,6 +128,52 @@ class FromModuleList(Detector):
         return [head(each) for head, each in zip(self.head, self.neck(self.backbone(images)), strict=True)]
 
 
+class StageByStage(Detector):
+    """A head called by a method, with a layer of its own for each level before that of the predictions (YOLOv3)."""
+
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bridge = nn.ModuleList(nn.Conv2d(WIDTH, 2 * WIDTH, 3, 1, 1) for _ in "345")
+            self.predict = nn.ModuleList(nn.Conv2d(2 * WIDTH, 9, 1) for _ in "345")
+
+        def all(self, maps):
+            return [last(first(x)) for x, first, last in zip(maps, self.bridge, self.predict, strict=True)]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = self.Head()
+
+    def forward(self, images):
+        return self.head.all(self.neck(self.backbone(images)))
+
+
+class HeadsOnTheBackbone(Detector):
+    """Beside the head on the neck there are others on the backbone's maps, for the training alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_beside = nn.ModuleList(nn.Conv2d(width, 5, 1) for width in (8, 12, 16))
+
+    def forward(self, images):
+        maps = self.backbone(images)
+        return self.head(self.neck(maps)), [head(each) for head, each in zip(self.head_beside, maps, strict=True)]
+
+
+class OneFused(nn.Module):
+    """A neck that makes one map of all, for two heads of one layer each (CenterNet)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.neck, self.fuse = Backbone(), TopDown(), nn.Conv2d(WIDTH, WIDTH, 3, 1, 1)
+        self.head, self.head_of_sizes = nn.Conv2d(WIDTH, 9, 1), nn.Conv2d(WIDTH, 2, 1)
+
+    def forward(self, images):
+        maps = self.neck(self.backbone(images))
+        fused = self.fuse(sum(nn.functional.interpolate(each, maps[0].shape[2:]) for each in maps))
+        return torch.cat([self.head(fused), self.head_of_sizes(fused)], 1)
+
+
 class CoarsestFirst(Detector):
     def forward(self, images):
         return self.head(self.neck(self.backbone(images))[::-1])

@@ -46,6 +46,9 @@ NECK = three("neck[0]", "neck[1]", "neck[2]")
         (kinds.SameSize, [*HEAD, (32, WIDTH, "head:input[3]")]),
         (kinds.Inline, three("smooth3", "smooth4", "smooth5")),
         (kinds.Recursive, HEAD),
+        (kinds.StageByStage, NECK),
+        (kinds.HeadsOnTheBackbone, HEAD),
+        (kinds.OneFused, [(8, WIDTH, "fuse")]),
         (kinds.ListOfOne, [(32, WIDTH, "projector[0]")]),
     ],
 )
