@@ -284,33 +284,9 @@ class Chooser:
 
     def _latest(self, found: list[Candidate]) -> Candidate | None:
         strong = [each for each in found if each.strong]
-        shared = [each for each in found if each.shared]
-        kept = []
-        for each in found:
-            others = [other for other in strong if other is not each]
-            if each.kind == "own" and not each.strong and len({self.size(p.leaf) for p in each.places}) == 1:
-                drop = bool(others) or any(
-                    self.size(p.leaf) == self.canvas or self.width(p.leaf) % 16 for p in each.places
-                )
-            elif each.kind == "own":
-                widths = {self.width(place.leaf) for place in each.places}
-                drop = (
-                    bool(others) and len(widths) == 1 and bool(min(widths) % 16)
-                )  # predictions, made of several lists
-                drop |= any(self.continues(each, other) and self._predicts(each, other) for other in others)
-            elif not each.strong:
-                drop = any(self.continues(each, other) for other in others) or not self.seen.traced
-            elif each.kind == "calls":
-                drop = any(
-                    self.continues(each, other)
-                    and (self._mixed(other) or self._inside(each, other) or self._head_begins(other, each, shared))
-                    for other in others
-                    if other.kind != "calls" or other.shared
-                )
-            else:
-                drop = False
-            if not drop:
-                kept.append(each)
+        kept = [
+            each for each in found if not self._is_of_a_head(each, [other for other in strong if other is not each])
+        ]
         whole = [each for each in kept if self.makes_all(each)]
         if any(map(self._mixed, whole)) or not any(map(self._mixed, kept)):  # else a neck, and heads on the backbone
             kept = whole or kept
@@ -326,6 +302,36 @@ class Chooser:
         rank = max(RANKS.index(each.kind) for each in kept)
         kept = [each for each in kept if RANKS.index(each.kind) == rank]
         return self._outermost(kept)
+
+    def _is_of_a_head(self, each: Candidate, others: Sequence[Candidate]) -> bool:
+        """Whether maps look like what a head makes of levels, among which are ``others``, and not like levels."""
+        sizes, widths = [self.size(p.leaf) for p in each.places], [self.width(p.leaf) for p in each.places]
+        if each.kind == "own" and not each.strong and len(set(sizes)) == 1:
+            alike = {(self.size(p.leaf), self.width(p.leaf)) for other in others for p in other.places}
+            apart = bool(others) and not set(zip(sizes, widths, strict=True)) <= alike
+            return apart or self.canvas in sizes or any(width % 16 for width in widths)
+        if each.kind == "own":
+            if others and (self._is_one_result_of_many(each) or (len(set(widths)) == 1 and widths[0] % 16)):
+                return True
+            return any(self.continues(each, other) and self._predicts(each, other) for other in others)
+        if not each.strong:
+            made = any(self.continues(each, other) for other in others)
+            return made or not self.seen.traced or (bool(others) and self._is_one_result_of_many(each))
+        if each.kind == "calls":
+            shared = [other for other in others if other.shared]
+            return any(
+                self.continues(each, other)
+                and (self._mixed(other) or self._inside(each, other) or self._head_begins(other, each, shared))
+                for other in others
+                if other.kind != "calls" or other.shared
+            )
+        return False
+
+    def _is_one_result_of_many(self, each: Candidate) -> bool:
+        """Whether other things are returned beside these maps, of which none of them is made."""
+        beside = self.seen.outputs if each.call is None else [leaf.number for _, leaf in leaves(each.call.output)]
+        beside = [number for number in beside if number in self.seen.flow.bits and number not in each.numbers]
+        return any(not any(self.seen.depends(mine, number) for mine in each.numbers) for number in beside)
 
     def _outermost(self, kept: list[Candidate]) -> Candidate:
         """Of candidates with the same maps the last, or the call around it that has them, too."""
@@ -360,9 +366,8 @@ class Chooser:
     def _predicts(self, own: Candidate, levels: Candidate) -> bool:
         """Whether what a model returns, made of levels one by one, looks like predictions and not like features."""
         ours = [self.width(place.leaf) for place in own.places]
-        others = [number for number in self.seen.outputs if number in self.seen.flow.bits and number not in own.numbers]
-        if any(not any(self.seen.depends(mine, number) for mine in own.numbers) for number in others):
-            return True  # the model returns more than features
+        if self._is_one_result_of_many(own):
+            return True
         if len({self.size(place.leaf) for place in own.places}) < len(ours):
             return True
         same = {self.size(place.leaf): self.width(place.leaf) for place in levels.places}

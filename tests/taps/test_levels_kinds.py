@@ -48,6 +48,7 @@ NECK = three("neck[0]", "neck[1]", "neck[2]")
         (kinds.Recursive, HEAD),
         (kinds.StageByStage, NECK),
         (kinds.HeadsOnTheBackbone, HEAD),
+        (kinds.Record, NECK),
         (kinds.OneFused, [(8, WIDTH, "fuse")]),
         (kinds.ListOfOne, [(32, WIDTH, "projector[0]")]),
     ],
@@ -107,6 +108,25 @@ def test_a_map_beside_a_list_of_others_belongs_to_it_but_what_a_head_returns_doe
             self.head = self.Head()
 
     assert found(Prototypes()) == HEAD
+
+
+def test_a_backbone_that_returns_its_last_map_alone_is_no_head():
+    class Layer(nn.Conv2d):
+        def forward(self, x):
+            return (super().forward(x),)
+
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.layers = nn.Conv2d(3, 16, 16, 16), nn.ModuleList(Layer(16, 16, 1) for _ in range(3))
+
+        def forward(self, images):
+            x = self.stem(images)
+            for layer in self.layers:
+                (x,) = layer(x)
+            return {"feature_maps": (x,)}
+
+    assert found(Plain()) == [(16, 16, "layers.2[0]")]
 
 
 def test_one_map_without_a_container_is_named_in_the_error():
