@@ -309,6 +309,12 @@ class FGDConfig(Section):
         return any(value == 0 for value in options if isinstance(value, (int, float)))
 
     @property
+    def names_places(self) -> bool:
+        """Whether taps or levels are named, which may be wrong."""
+        shares = [named for share in self.teachers for named in (share.taps, share.student_taps, share.levels)]
+        return any([self.student_taps, self.teacher_taps, self.levels, *shares])
+
+    @property
     def teacher_names(self) -> list[str | None]:
         """What each teacher was loaded from, where that is noted."""
         return [share.name for share in self.teachers] or [self.teacher.name]

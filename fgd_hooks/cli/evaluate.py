@@ -8,7 +8,7 @@ import json
 
 from rich.console import Console
 
-from fgd_hooks.cli.settings import check_settings, split_settings
+from fgd_hooks.cli.settings import check_host, check_settings, check_types, split_settings
 from fgd_hooks.errors import ConfigError
 from fgd_hooks.evaluation.compare import compare
 from fgd_hooks.evaluation.evaluate import evaluate
@@ -22,6 +22,9 @@ def eval_command(arguments: argparse.Namespace) -> None:
     known = [name for name in inspect.signature(evaluate).parameters if name != "model"]
     required = {"data": "a data yaml (YOLO format) or an annotation json (COCO format)"}
     check_settings(settings, required, known)
+    settings["data"] = str(settings["data"])
+    check_host({key: value for key, value in settings.items() if value is not None})
+    check_types({key: value for key, value in settings.items() if key != "device"}, evaluate)
     result = evaluate(arguments.model, **settings)
     Console().print(result)
     if arguments.json:
@@ -38,6 +41,8 @@ def compare_command(arguments: argparse.Namespace) -> None:
         Console().print(result)
     if arguments.json:
         arguments.json.write_text(json.dumps(result.to_dict(), indent=1), encoding="utf-8")
+        print(f"All figures: {arguments.json}")
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         result.draw(arguments.out / "curves.png")
+        print(f"Curves: {arguments.out / 'curves.png'}")

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fgd_hooks.cli.settings import check_settings, split_settings
+from fgd_hooks.cli.settings import check_host, check_settings, check_types, split_settings
 from fgd_hooks.config import FGDConfig, load_config
 from fgd_hooks.diagnostics.attention import LevelSheet, attention_distances, attention_sheets
 from fgd_hooks.diagnostics.plots import save_sheets
@@ -22,6 +22,7 @@ from fgd_hooks.errors import CheckpointError, ConfigError, DataError
 from fgd_hooks.evaluation.dataset import load_letterboxed, load_sample
 from fgd_hooks.evaluation.evaluate import load_detector
 from fgd_hooks.evaluation.readers import read_data
+from fgd_hooks.evaluation.runs import weights_of
 from fgd_hooks.integrations.ultralytics.settings import SETTINGS_FILE
 from fgd_hooks.integrations.ultralytics.teacher import fuse_files, load_teachers, with_score_taps
 from fgd_hooks.pairing import signature
@@ -64,8 +65,8 @@ def show(
     student's own spatial attention and leave its channels out.
 
     Args:
-        student: weights of the student.
-        teacher: weights of the teacher that it was trained with, or a list of them.
+        student: weights of the student, or the folder of its run.
+        teacher: the same of the teacher that it was trained with, or a list of them.
         data: data yaml (YOLO format) or annotation json (COCO format) with the true boxes.
         images: how many images of the split, evenly spaced among those with boxes; or files, or a folder of them (as
             text with commas between), whose boxes are looked up in ``data`` if that is given.
@@ -79,6 +80,7 @@ def show(
     for key, value in (("images", images), ("imgsz", imgsz), ("top", top)):
         if isinstance(value, (int, float)) and (value < 1 or value != int(value)):
             raise ConfigError(f"{key} is {value!r}; expected a whole number, 1 or more.")
+    student = weights_of(student)
     loaded = load_detector(student)
     model = loaded.model.float()
     if imgsz is None:
@@ -121,6 +123,8 @@ def show_command(arguments: argparse.Namespace) -> None:
     known = [name for name in inspect.signature(show).parameters if name != "overrides"]
     required = {"student": "weights of the student", "teacher": "weights of its teacher"}
     check_settings(settings, required, [*known, "fgd.*"])
+    check_host(settings)
+    check_types({key: value for key, value in settings.items() if key != "teacher"}, show)
     shown = show(**settings, overrides=overrides)
     print(shown.adapters)
     if shown.adapted:

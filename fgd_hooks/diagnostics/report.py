@@ -87,6 +87,12 @@ class Report:
         counts = {status: sum(f.status == status for f in self.findings) for status in _ORDER}
         return f"{self.status}: {len(self.findings)} checks, " + ", ".join(f"{n} {s}" for s, n in counts.items())
 
+    def short(self) -> Report:
+        """What is yellow or red, and one finding that names all that is green."""
+        well = [finding.name for finding in self.findings if finding.status == "green"]
+        rest = (green("well", f"{', '.join(well)} (--verbose shows them)."),) if well else ()
+        return Report((*self.troubles, *rest))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; numbers that are not finite become None, which JSON can hold."""
         findings = [asdict(finding) for finding in self.findings]

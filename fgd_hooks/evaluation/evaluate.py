@@ -22,6 +22,7 @@ from fgd_hooks.evaluation.coco_metrics import CocoMetrics, check_max_dets, coco_
 from fgd_hooks.evaluation.dataset import EvalData, Floats, linked_copy, shorten
 from fgd_hooks.evaluation.readers import quiet_ultralytics, read_data
 from fgd_hooks.evaluation.reporting import percent
+from fgd_hooks.evaluation.runs import weights_of
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -116,9 +117,10 @@ def evaluate(
         found, host, size = _detect(yolo, truth, to_model, names, Path(folder), arguments)
     metrics = coco_metrics(truth, found, max_dets=max_dets)
     values = {name: getattr(metrics, name) for name in CocoMetrics.__dataclass_fields__}
+    file = weights_of(model) if isinstance(model, (str, Path)) else getattr(yolo, "ckpt_path", None)
     return Evaluation(
         **values,
-        model=str(model if isinstance(model, (str, Path)) else getattr(yolo, "ckpt_path", None) or yolo.model_name),
+        model=str(file or yolo.model_name),
         data=str(truth.source if isinstance(data, EvalData) else data),
         split=split if not truth.by_name else "",
         imgsz=size,
@@ -150,7 +152,7 @@ def load_detector(model: Any) -> Any:
         DataError: it cannot be loaded, or is no detector.
     """
     if isinstance(model, (str, Path)):
-        model = _load(str(model))
+        model = _load(str(weights_of(model)))
     elif not hasattr(model, "val"):
         raise DataError(f"model: expected a file or an ultralytics YOLO object, got {type(model).__name__}")
     task = getattr(model, "task", None)
@@ -177,7 +179,7 @@ def _load(file: str) -> Any:
         with quiet_ultralytics():
             return YOLO(file)
     except Exception as error:
-        raise DataError(f"{file} cannot be loaded as an Ultralytics model: {error}") from error
+        raise DataError(f"{file} cannot be loaded as an Ultralytics model: {' '.join(str(error).split())}") from error
 
 
 def _without_empty_categories(truth: EvalData, known: set[str]) -> EvalData:

@@ -112,6 +112,24 @@ def read_run(folder: str | Path) -> RunFolder:
     )
 
 
+def weights_of(model: str | Path) -> Path:
+    """The weights that a path stands for: of a run's folder its ``last.pt``, or ``best.pt`` where that is alone there.
+
+    Raises:
+        FileNotFoundError: a folder without weights.
+    """
+    path = Path(model)
+    if not path.is_dir():
+        return path
+    places = [folder / name for folder in (path / "weights", path) for name in ("last.pt", "best.pt")]
+    found = next(filter(Path.is_file, places), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"The folder {str(path)!r} holds no weights/last.pt; give a run's folder or a weights file."
+        )
+    return found
+
+
 def read_evaluation(file: Path) -> dict[str, Any] | None:
     """The content of a file that ``fgd eval --json`` wrote; None where there is no such file."""
     if not file.is_file():

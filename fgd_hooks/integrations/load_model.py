@@ -23,6 +23,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fgd_hooks.errors import ModelNameError, needs_extra
+from fgd_hooks.evaluation.runs import weights_of
 from fgd_hooks.taps.levels import probe_input
 from fgd_hooks.utils.registry import suggestion
 
@@ -69,9 +70,7 @@ def load_model(name: str, size: int = 640) -> NamedModel:
         FileNotFoundError: the YOLO file does not exist.
     """
     kind, colon, rest = name.partition(":")
-    if Path(name).is_dir():
-        name = _weights(Path(name))
-    if not colon or name.endswith(FILES):
+    if not colon or name.endswith(FILES) or Path(name).is_dir():
         module = load_yolo(name).model
         return NamedModel(module, probe_input(module, size))
     if not kind or not rest or ":" in rest:
@@ -102,6 +101,7 @@ def load_yolo(model: str) -> Any:
         import ultralytics
         from ultralytics.nn.tasks import yaml_model_load
 
+    model = str(weights_of(model))
     try:
         name = "YOLO"
         if Path(model).suffix in (".yaml", ".yml"):
@@ -110,16 +110,10 @@ def load_yolo(model: str) -> Any:
                 raise ModelNameError(f"{model!r} describes no model: it has no list 'head' of layers (a data yaml?).")
             name = next((made for prefix, made in HEADS.items() if str(layers[-1][2]).startswith(prefix)), name)
         return getattr(ultralytics, name)(model)
+    except TypeError as error:
+        raise ModelNameError(f"{model!r} is no model of Ultralytics': {' '.join(str(error).split())}") from error
     except FileNotFoundError as error:
         raise FileNotFoundError(f"The model file {model!r} does not exist, and no download has that name.") from error
-
-
-def _weights(folder: Path) -> str:
-    """The weights of a run folder, the best before the last."""
-    for name in ("best.pt", "last.pt"):
-        if (file := folder / "weights" / name).is_file():
-            return str(file)
-    raise ModelNameError(f"The folder {str(folder)!r} is no run: it has no weights/best.pt and no weights/last.pt.")
 
 
 def _transformers(name: str) -> nn.Module:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fgd_hooks.errors import QuickstartError, needs_extra
+from fgd_hooks.errors import ConfigError, QuickstartError, needs_extra
 from fgd_hooks.study.lease import in_progress
 from fgd_hooks.study.plan import Planner, Run
 from fgd_hooks.study.quickstart_report import QuickstartResult, comparison_table, write_report
@@ -82,7 +82,7 @@ def quickstart(
         from rich.console import Console
 
     if not seeds or len(set(seeds)) != len(seeds):
-        raise ValueError(f"seeds must be one or more different numbers, got {list(seeds)}")
+        raise ConfigError(f"seeds must be one or more different numbers, got {list(seeds)}")
     settings = settings or QuickstartSettings()
     console = console or Console()
     out = Path(out).resolve()

@@ -8,15 +8,21 @@ from typing import Any, TypeVar
 
 from fgd_hooks.errors import UnknownNameError
 
+FEW = 20  # names that fit on a screen
+
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """The end of an error message: the nearest known names, or all of them when none is near."""
+    """The end of an error message: the nearest known names; where none is near, all of them if they are few."""
     known = list(known)
-    if near := difflib.get_close_matches(name, known, n=3, cutoff=0.5):
+    if near := difflib.get_close_matches(name, known, n=3, cutoff=0.6):
         return "Did you mean " + " or ".join(repr(n) for n in near) + "?"
-    return "Known are: " + (", ".join(known) or "none") + "."
+    return (
+        "Known are: " + (", ".join(known) or "none") + "."
+        if len(known) <= FEW
+        else f"None of the {len(known)} is near."
+    )
 
 
 class Registry:

@@ -139,12 +139,13 @@ def test_levels_of_a_python_path(capsys):
 def test_train_asks_for_what_is_missing(capsys):
     assert "teacher= is missing" in fails(capsys, "train", "model=yolo26n.yaml")
     assert "model= is missing" in fails(capsys, "train", "teacher=t.pt")
+    assert "data= is missing" in fails(capsys, "train", "teacher=t.pt", "model=yolo26n.yaml")
     assert "key=value" in fails(capsys, "train", "teacher")
     assert "twice" in fails(capsys, "train", "teacher=a.pt", "teacher=b.pt")
 
 
 def test_train_names_a_misspelt_key_of_ours(capsys):
-    message = fails(capsys, "train", "teacher=t.pt", "model=yolo26n.yaml", "fgd.balance.ratoi=1")
+    message = fails(capsys, "train", "teacher=t.pt", "model=yolo26n.yaml", "data=d.yaml", "fgd.balance.ratoi=1")
     assert "balance.ratoi" in message
     assert "'balance.ratio'" in message
 
@@ -152,7 +153,7 @@ def test_train_names_a_misspelt_key_of_ours(capsys):
 def test_train_names_missing_files(capsys):
     common = ["train", "teacher=t.pt", "model=yolo26n.yaml"]
     assert "nowhere.yaml" in fails(capsys, *common, "data=nowhere.yaml")
-    assert "mine.yaml" in fails(capsys, *common, "config=mine.yaml")
+    assert "mine.yaml" in fails(capsys, *common, "data=coco8.yaml", "config=mine.yaml")
     assert "t.pt" in fails(capsys, *common, "data=coco8.yaml")
 
 

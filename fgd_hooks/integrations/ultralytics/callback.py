@@ -32,8 +32,15 @@ from fgd_hooks.integrations.ultralytics.compat import check_task, check_text_enc
 from fgd_hooks.integrations.ultralytics.initialization import inherit_into
 from fgd_hooks.integrations.ultralytics.session import TrainingSession, is_first_rank
 from fgd_hooks.integrations.ultralytics.settings import FGDSettings, differences, named_config
-from fgd_hooks.integrations.ultralytics.teacher import as_list, file_of, fuse_files, load_teachers, name_of
-from fgd_hooks.pairing import check_names
+from fgd_hooks.integrations.ultralytics.teacher import (
+    as_list,
+    file_of,
+    fuse_files,
+    load_teachers,
+    name_of,
+    with_score_taps,
+)
+from fgd_hooks.pairing import check_names, plan_pairs
 from fgd_hooks.teacher import check_apart, check_finite
 
 if TYPE_CHECKING:
@@ -120,6 +127,9 @@ class FGDCallback:
                 check_finite(teacher)
                 if isinstance(student, nn.Module):
                     check_apart(student, teacher)
+            if isinstance(student, nn.Module) and self.config.weight > 0 and self.config.names_places:
+                # a wrong name is found now, not when the start is fitted and a run's folder made
+                plan_pairs(student, self._loaded, with_score_taps(self.config, self._loaded))
         self.detach(model)
         for event in EVENTS:
             model.add_callback(event, _Handler(self, event))

@@ -21,14 +21,21 @@ from fgd_hooks.config import FGDConfig
 from fgd_hooks.diagnostics.cost import extra_cost
 from fgd_hooks.diagnostics.doctor import diagnose
 from fgd_hooks.diagnostics.report import Finding, Report, green, red, yellow
-from fgd_hooks.errors import ConfigError, DataError, TapError, TeacherError
+from fgd_hooks.errors import ConfigError, DataError, PairingError, TapError, TeacherError
 from fgd_hooks.evaluation.evaluate import evaluate
 from fgd_hooks.evaluation.readers import quiet_ultralytics
 from fgd_hooks.integrations.ultralytics.compat import check_task, images_counted
 from fgd_hooks.integrations.ultralytics.initialization import inherit_into
 from fgd_hooks.integrations.ultralytics.session import TrainingSession
 from fgd_hooks.integrations.ultralytics.settings import named_config
-from fgd_hooks.integrations.ultralytics.teacher import as_list, file_of, fuse_files, load_teachers
+from fgd_hooks.integrations.ultralytics.teacher import (
+    as_list,
+    file_of,
+    fuse_files,
+    load_teachers,
+    with_score_taps,
+)
+from fgd_hooks.pairing import plan_pairs
 from fgd_hooks.teacher import check_apart, check_finite
 
 EVALUATED = 64  # images of the validation set, evenly spread
@@ -67,8 +74,11 @@ def diagnose_training(
         for module in modules:
             check_finite(module)
             check_apart(student.model, module)
+        plan_pairs(student.model, modules, with_score_taps(config, modules))
     except TeacherError as error:
         return Report((red("teacher", str(error), "Use another teacher file."),))
+    except (TapError, PairingError) as error:
+        return Report((red("levels", str(error), "Choose a teacher or taps whose levels fit."),))
     measured: dict[str, Any] = {key: settings[key] for key in ("imgsz", "batch", "device") if key in settings}
     if not isinstance(measured.get("batch", 1), int) or measured.get("batch", 1) < 1:
         del measured["batch"]  # Ultralytics' automatic batch
@@ -77,7 +87,8 @@ def diagnose_training(
         # first, since it knows misspelt settings
         findings = _examine(student, modules, files, named_config(config, teacher), {**settings, "data": data})
         quality = [check_quality(trained, teacher=str(file), data=data, settings=measured) for file in files]
-    return Report((*quality, *findings))
+    sizes = [check_size(file, module, settings.get("imgsz")) for file, module in zip(files, modules, strict=True)]
+    return Report((*quality, *filter(None, sizes), *findings))
 
 
 def _examine(
@@ -132,6 +143,17 @@ def _check(trainer: Any, session: TrainingSession) -> list[Finding]:
     report = diagnose(distiller, images, session.boxes_of(batch), loss=loss, optimizer=session.optimizer)
     cost = extra_cost(distiller, trainer.batch_size, int(trainer.args.imgsz))
     return [green("cost", f"{cost}."), *report.findings]
+
+
+def check_size(file: Any, teacher: nn.Module, imgsz: Any) -> Finding | None:
+    """A note where the teacher will see images of another size than it was trained with."""
+    arguments = getattr(teacher, "args", None)
+    trained = arguments.get("imgsz") if isinstance(arguments, dict) else getattr(arguments, "imgsz", None)
+    given = 640 if imgsz is None else imgsz
+    if not (isinstance(trained, int) and isinstance(given, int)) or 0.8 <= given / trained <= 1.25:
+        return None
+    found = f"{Path(str(file)).name} was trained with images of {trained} pixels; here it gets {given}."
+    return yellow("image size", found, f"Use imgsz={trained}, or a teacher that was trained with {given}.")
 
 
 def check_quality(student: str | None, *, teacher: str, data: str, settings: dict[str, Any]) -> Finding:

@@ -12,6 +12,7 @@ from torch import nn
 
 from fgd_hooks.config import FGDConfig, TeacherConfig
 from fgd_hooks.errors import TeacherError
+from fgd_hooks.evaluation.runs import weights_of
 from fgd_hooks.integrations.ultralytics.compat import TASKS, task_of
 from fgd_hooks.pairing import needs_scores
 from fgd_hooks.utils.registry import suggestion
@@ -118,6 +119,7 @@ def _load_file(path: Path) -> Any:
     from ultralytics.nn.tasks import load_checkpoint
     from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
+    path = weights_of(path)
     if path.suffix in (".yaml", ".yml"):
         raise TeacherError(
             f"The teacher {str(path)!r} describes an architecture and holds no weights; an untrained teacher teaches "
@@ -133,7 +135,8 @@ def _load_file(path: Path) -> Any:
     except FileNotFoundError:
         raise
     except Exception as error:
-        raise TeacherError(f"The teacher file {str(path)!r} is no Ultralytics checkpoint: {error}") from error
+        said = " ".join(str(error).split())
+        raise TeacherError(f"The teacher file {str(path)!r} is no Ultralytics checkpoint: {said}") from error
     return module.float()
 
 
