@@ -16,7 +16,8 @@ Factory = TypeVar("Factory", bound=Callable[..., Any])
 def suggestion(name: str, known: Iterable[str]) -> str:
     """The end of an error message: the nearest known names; where none is near, all of them if they are few."""
     known = list(known)
-    if near := difflib.get_close_matches(name, known, n=3, cutoff=0.6):
+    containing = [each for each in known if len(name) > 2 and name in each][:3]
+    if near := difflib.get_close_matches(name, known, n=3, cutoff=0.6) or containing:
         return "Did you mean " + " or ".join(repr(n) for n in near) + "?"
     return (
         "Known are: " + (", ".join(known) or "none") + "."

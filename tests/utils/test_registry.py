@@ -1,7 +1,7 @@
 import pytest
 
 from fgd_hooks.errors import UnknownNameError
-from fgd_hooks.utils.registry import Registry
+from fgd_hooks.utils.registry import Registry, suggestion
 
 
 def test_create_calls_the_factory_with_the_arguments():
@@ -25,6 +25,13 @@ def test_unknown_name_lists_the_nearest():
         registry.get("conv1x2")
     with pytest.raises(KeyError, match="Known are: conv1x1, mlp"):
         registry.get("zzz")
+
+
+def test_far_names_get_no_suggestion_and_no_long_list():
+    known = [f"model.{number}.conv" for number in range(99)]
+    assert suggestion("model.100.conv", known).startswith("Did you mean 'model.")
+    assert suggestion("conv", known) == "Did you mean 'model.0.conv' or 'model.1.conv' or 'model.2.conv'?"
+    assert suggestion("zzz", known) == "None of the 99 that are known is near."
 
 
 def test_a_name_is_taken_once():
