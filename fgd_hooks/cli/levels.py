@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from fgd_hooks.adapters import automatic_adapter
 from fgd_hooks.errors import ConfigError
+from fgd_hooks.evaluation.reporting import Table
 from fgd_hooks.integrations.load_model import load_model
 from fgd_hooks.pairing import pair_levels
 from fgd_hooks.taps.levels import Level, find_levels
@@ -36,7 +35,8 @@ def levels_command(arguments: argparse.Namespace) -> None:
         found = [dict(zip(columns, (_plain(cell) for cell in row), strict=True)) for row in rows]
         print(json.dumps({"model": student, **({"teacher": teacher} if teacher else {}), "levels": found}, indent=1))
     else:
-        _print(title, columns, rows)
+        cells = [tuple(map(str, row)) for row in rows]
+        Console().print(Table(columns, cells, title).rich(title_justify="left"))
 
 
 def _plain(cell: object) -> object:
@@ -90,12 +90,3 @@ def _rows(student: list[Level], teacher: list[Level]) -> Iterator[Row]:
         for level in (each for each in side if each not in paired):
             cells = (level.channels, "-") if side is student else ("-", level.channels)
             yield level.name, level.stride, *cells, "not distilled", level.tap
-
-
-def _print(title: str, columns: Sequence[str], rows: Iterable[Row]) -> None:
-    table = Table(title=escape(title), title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("level", "tap", "adapter") else "right")
-    for row in rows:
-        table.add_row(*(escape(str(cell)) for cell in row))
-    Console().print(table)

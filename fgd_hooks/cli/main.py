@@ -61,7 +61,8 @@ MODEL = (
     "the student: YOLO weights, yaml or run folder, torchvision:retinanet_resnet50_fpn, timm:resnet18, "
     "transformers:RTDetrConfig or package.module:factory"
 )
-SHOWN = "student=, teacher= and data= (required), images= (4; or files), split=, imgsz=, out=, top=, config=, fgd.*="
+SHOWN = "student=, teacher=, data= (required), images= (4; or files), before=, split=, imgsz=, out=, top=, fgd.*="
+
 
 COMMANDS = {
     "train": Command(

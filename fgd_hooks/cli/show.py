@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Iterator, Sequence
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -16,17 +19,22 @@ from torch import Tensor
 from fgd_hooks.cli.settings import check_host, check_settings, check_types, split_settings
 from fgd_hooks.config import FGDConfig, load_config
 from fgd_hooks.diagnostics.attention import LevelSheet, attention_distances, attention_sheets
-from fgd_hooks.diagnostics.plots import save_sheets
+from fgd_hooks.diagnostics.plots import Detection, save_detections, save_sheets
 from fgd_hooks.distiller import Distiller
 from fgd_hooks.errors import CheckpointError, ConfigError, DataError
-from fgd_hooks.evaluation.dataset import load_letterboxed, load_sample
+from fgd_hooks.evaluation.dataset import load_letterboxed, load_sample, open_image
 from fgd_hooks.evaluation.evaluate import load_detector
-from fgd_hooks.evaluation.readers import read_data
+from fgd_hooks.evaluation.readers import quiet_ultralytics, read_data
 from fgd_hooks.evaluation.runs import weights_of
 from fgd_hooks.integrations.ultralytics.settings import SETTINGS_FILE
-from fgd_hooks.integrations.ultralytics.teacher import fuse_files, load_teachers, with_score_taps
+from fgd_hooks.integrations.ultralytics.teacher import as_list, fuse_files, load_teachers, with_score_taps
 from fgd_hooks.pairing import signature
 from fgd_hooks.utils.checkpoint import LAST_CHECKPOINT, SUFFIX, read_checkpoint
+from fgd_hooks.utils.structured_config import read_yaml
+
+logger = logging.getLogger("fgd_hooks")
+
+FOLDER_IMAGES = 4
 
 
 @dataclass(frozen=True)
@@ -34,13 +42,15 @@ class Shown:
     """What :func:`show` did.
 
     Attributes:
-        files: the pictures.
+        files: the pictures of the attention.
+        detections: the pictures of what teacher and student find.
         adapters: where the adapters come from, one sentence.
         adapted: whether they are trained, so that student and teacher compare as in the loss.
         distances: level to attention distance, mean over the images.
     """
 
     files: list[Path]
+    detections: list[Path]
     adapters: str
     adapted: bool
     distances: dict[str, float]
@@ -58,8 +68,9 @@ def show(
     top: int = 10,
     config: FGDConfig | str | Path | None = None,
     overrides: Sequence[str] = (),
+    before: str | Path | None = None,
 ) -> Shown:
-    """Draw one sheet per image and level.
+    """Draw one sheet per image and level, and for each image what teacher and student find.
 
     Adapters are read from the side file beside the student's weights. Where there is none, the sheets hold the
     student's own spatial attention and leave its channels out.
@@ -76,6 +87,8 @@ def show(
         top: number of channels.
         config: settings of the distillation; None: the ``fgd.yaml`` of the student's run, else the defaults.
         overrides: single settings that win, ``["levels=[P3]"]``.
+        before: weights of the student before its training, whose detections are drawn, too; None: those that its run
+            began with, where these lie there still.
     """
     for key, value in (("images", images), ("imgsz", imgsz), ("top", top)):
         if isinstance(value, (int, float)) and (value < 1 or value != int(value)):
@@ -112,9 +125,16 @@ def show(
         stride = max(stride, *(int(each) for each in getattr(model, "stride", torch.tensor([32]))))
         sheets: list[LevelSheet] = []
         channels = int((getattr(model, "yaml", None) or {}).get("channels", 3))
-        for name, image, boxes in _samples(data, images, split, imgsz, stride, channels):
+        files = []
+        for source, image, boxes in _samples(data, images, split, imgsz, stride, channels):
+            files.append(source)
+            name = source.stem
             sheets += attention_sheets(distiller, model, image[None], [boxes], adapted=adapted, names=[name])
-    return Shown(save_sheets(sheets, out, top=top), adapters, adapted, attention_distances(sheets))
+    models = {"teacher": as_list(teacher)[0], "student before": before or _begun_with(student), "student": student}
+    drawn = _draw_detections(
+        files, {title: str(each) for title, each in models.items() if each}, imgsz, Path(out), channels
+    )
+    return Shown(save_sheets(sheets, out, top=top), drawn, adapters, adapted, attention_distances(sheets))
 
 
 def show_command(arguments: argparse.Namespace) -> None:
@@ -130,7 +150,8 @@ def show_command(arguments: argparse.Namespace) -> None:
     if shown.adapted:
         for level, distance in shown.distances.items():
             print(f"{level}: attention distance of student and teacher {distance:.3f} (0 equal, below 2)")
-    print(f"Sheets in {shown.files[0].parent}: {', '.join(file.name for file in shown.files)}")
+    print(f"Attention in {shown.files[0].parent}: {', '.join(file.name for file in shown.files)}")
+    print(f"Detections in the same folder: {', '.join(file.name for file in shown.detections)}")
 
 
 def load_adapters(distiller: Distiller, state: dict[str, Any], file: Path) -> None:
@@ -149,6 +170,38 @@ def load_adapters(distiller: Distiller, state: dict[str, Any], file: Path) -> No
         raise CheckpointError(f"{file} does not hold the adapters of these levels: {error}") from error
 
 
+def _begun_with(student: Path) -> str | None:
+    """The weights file that the student's run began with, as its ``args.yaml`` names it, where it is there."""
+    file = student.parent.parent / "args.yaml"
+    name = str(read_yaml(file).get("model")) if file.is_file() else ""
+    return name if name.endswith(".pt") and Path(name).is_file() and not Path(name).samefile(student) else None
+
+
+def _draw_detections(
+    files: Sequence[Path], models: Mapping[str, str], imgsz: int, out: Path, channels: int
+) -> list[Path]:
+    """Draw what each model finds in each image, from a confidence of 0.25 on; a teacher of another task is left out."""
+    found: list[dict[str, list[Detection]]] = [{} for _ in files]
+    for title, model in models.items():
+        try:
+            yolo = load_detector(model)
+        except DataError as error:
+            logger.warning("The %s's detections are not drawn: %s", title, error)
+            continue
+        with quiet_ultralytics():
+            for panels, file in zip(found, files, strict=True):
+                (result,) = yolo.predict(str(file), imgsz=imgsz, conf=0.25, verbose=False)
+                rows = zip(
+                    result.boxes.cls.tolist(), result.boxes.conf.tolist(), result.boxes.xyxy.tolist(), strict=True
+                )
+                panels[title] = [(result.names[int(number)], score, box) for number, score, box in rows]
+    names = [f"{re.sub(r'[^A-Za-z0-9._-]+', '_', file.stem)}_detections.png" for file in files]
+    return [
+        save_detections(np.asarray(open_image(file, channels)), panels, out / name)
+        for file, panels, name in zip(files, found, names, strict=True)
+    ]
+
+
 def _side_file(student: Path) -> Path | None:
     """The side file beside a student's weights; that of best.pt is the one of last.pt."""
     files = [student.with_name(name) for name in (student.stem + SUFFIX, LAST_CHECKPOINT)]
@@ -162,8 +215,8 @@ def _samples(
     imgsz: int,
     stride: int,
     channels: int,
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, pixels (3, H, W) and boxes (n, 4) of each image: evenly spaced ones of the data, or those of the files."""
+) -> Iterator[tuple[Path, Tensor, Tensor]]:
+    """File, pixels (3, H, W) and boxes (n, 4) of each image: evenly spaced ones of the data, or those of the files."""
     truth = read_data(data, split).images if data is not None else []
     if isinstance(images, int):
         if data is None:
@@ -176,9 +229,9 @@ def _samples(
     known = {image.file.resolve(): image for image in truth}
     for file in files:
         if (image := known.get(file.resolve())) is not None:
-            yield (file.stem, *load_sample(image, imgsz, stride, channels))
+            yield (file, *load_sample(image, imgsz, stride, channels))
         else:
-            yield file.stem, load_letterboxed(file, imgsz, stride, channels)[0], torch.zeros(0, 4)
+            yield file, load_letterboxed(file, imgsz, stride, channels)[0], torch.zeros(0, 4)
 
 
 def _image_files(images: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -191,5 +244,12 @@ def _image_files(images: str | Path | Sequence[str | Path]) -> list[Path]:
         found = sorted(f for f in each.iterdir() if f.suffix.lower() in known) if each.is_dir() else [each]
         if not found:
             raise DataError(f"The folder {str(each)!r} holds no image.")
-        files += found
+        if len(found) > FOLDER_IMAGES:
+            logger.warning(
+                "%s: the first %d of %d images; name files for others, images=a.png,b.png.",
+                each,
+                FOLDER_IMAGES,
+                len(found),
+            )
+        files += found[:FOLDER_IMAGES]
     return files

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ from fgd_hooks.diagnostics.attention import LevelSheet
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Detection = tuple[str, float, Sequence[float]]
 
 ATTENTION_COLOURS = "cividis"  # even steps of brightness, the same for every kind of colour vision
 DIFFERENCE_COLOURS = "PuOr_r"  # purple to orange: told apart with every kind of colour vision
@@ -105,6 +107,34 @@ def save_sheets(sheets: Sequence[LevelSheet], folder: str | Path, *, top: int = 
         draw_sheet(sheet, top=top, dpi=dpi).savefig(file)
         files.append(file)
     return files
+
+
+def save_detections(image: Any, found: Mapping[str, Sequence[Detection]], file: Path) -> Path:
+    """Draw what several models find in one image side by side.
+
+    Args:
+        image: (h, w, 3) or (h, w) bytes.
+        found: title of a panel to its detections: class, confidence, and pixel x1 y1 x2 y2.
+        file: the PNG to write.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    height, width = image.shape[:2]
+    figure = Figure(figsize=(4.6 * len(found), 4.6 * min(height / width, 1.6) + 0.5), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, detections) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+        axes.imshow(image, cmap="gray", vmin=0, vmax=255)
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(f"{title}: {len(detections)} found", loc="left", fontsize=11, fontweight="bold")
+        for name, confidence, (x1, y1, x2, y2) in detections:
+            axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=_BOX, linewidth=1.5))
+            label = f"{name} {confidence:.2f}".replace("$", r"\$")  # no formula
+            axes.text(x1, y1, label, fontsize=7, color="white", va="bottom", backgroundcolor="#00000080")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
+    return file
 
 
 def sheet_pixels(sheet: LevelSheet, *, top: int = 10, dpi: int = 60) -> Any:

@@ -114,7 +114,7 @@ class Report:
             cell = Text(finding.found)
             if finding.mend:
                 cell.append(f"\nMend: {finding.mend}", style="bold")
-            table.add_row(Text(finding.status, style=finding.status), finding.name, cell)
+            table.add_row(Text(finding.status, style=finding.status), Text(finding.name), cell)
         yield table
         yield Text(self.summary(), style=self.status)
 

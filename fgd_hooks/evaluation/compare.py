@@ -18,8 +18,8 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fgd_hooks.evaluation.arms import Arm
-from fgd_hooks.evaluation.reporting import Curve, Table, draw_curves, spread
+from fgd_hooks.evaluation.arms import Arm, mean_interval
+from fgd_hooks.evaluation.reporting import Curve, Table, draw_curves, plain, spread
 from fgd_hooks.evaluation.runs import RunFolder, read_evaluation, read_run
 
 if TYPE_CHECKING:
@@ -48,7 +48,13 @@ class ComparedRuns:
 
     def tables(self) -> list[Table]:
         """From the logs, from the evaluations where there are any, and of the settings where they differ."""
-        found = [Table(_LOG_HEADINGS, [_log_row(arm) for arm in self.arms], LOG_TITLE)]
+        headings: tuple[str, ...] = _LOG_HEADINGS
+        rows = [_log_row(arm) for arm in self.arms]
+        if len(self.arms) > 1:
+            base = next((arm for arm in self.arms if arm.runs[0].distillation == {}), self.arms[0])
+            headings = (*_LOG_HEADINGS, f"mAP50-95 above {base.name}")
+            rows = [(*row, _difference(arm, base)) for row, arm in zip(rows, self.arms, strict=True)]
+        found = [Table(headings, rows, LOG_TITLE)]
         evaluated = [arm for arm in self.arms if any(run.evaluation for run in arm.runs)]
         if evaluated:
             every = [run.evaluation for arm in evaluated for run in arm.runs if run.evaluation]
@@ -85,7 +91,7 @@ class ComparedRuns:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield from (table.rich(title_justify="left") for table in self.tables())
-        yield from self.notes
+        yield from map(plain, self.notes)
 
 
 def compare(
@@ -226,6 +232,16 @@ def _notes(arms: Sequence[Arm[RunFolder]]) -> tuple[str, ...]:
         if without:
             notes.append(f"{meaning}: {', '.join(run.name for run in without)}.")
     return tuple(notes)
+
+
+def _difference(arm: Arm[RunFolder], base: Arm[RunFolder]) -> str:
+    """Points above another arm at the same seeds, and the interval of their mean: ``+1.2 (+0.7 .. +1.7)``."""
+    one, other = (each.by_seed(lambda run: 100 * run.last[1] if run.last else None) for each in (arm, base))
+    differences = [value - other[seed] for seed, value in one.items() if seed in other]
+    if arm is base or not differences or any(len({run.seed for run in a.runs}) < len(a.runs) for a in (arm, base)):
+        return "-"
+    gain = mean_interval(differences)
+    return f"{gain.mean:+.1f} ({gain})"
 
 
 def _log_row(arm: Arm[RunFolder]) -> tuple[str, ...]:

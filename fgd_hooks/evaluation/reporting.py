@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
+    from rich.text import Text
 
 # The Okabe-Ito palette, told apart with every kind of colour vision; markers tell the lines apart once more.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -47,6 +48,13 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
+def plain(text: object) -> Text:
+    """Text for a terminal as it is: rich would take ``[red]`` in a class or file name for markup."""
+    from rich.text import Text
+
+    return Text(str(text))
+
+
 @dataclass(frozen=True)
 class Table:
     """Cells as text, for a terminal and for Markdown alike; the first column is aligned left, the others right.
@@ -72,11 +80,13 @@ class Table:
         """For a terminal."""
         from rich.table import Table as RichTable
 
-        table = RichTable(title=self.title or None, caption=self.caption or None, **options)
+        title, caption = (plain(text) if text else None for text in (self.title, self.caption))
+        table = RichTable(title=title, caption=caption, **options)
         for number, heading in enumerate(self.headings):
-            table.add_column(heading, justify="right" if number else "left", overflow="fold")
+            left = not number or heading in ("tap", "adapter")
+            table.add_column(plain(heading), justify="left" if left else "right", overflow="fold")
         for number, row in enumerate(self.rows, 1):
-            table.add_row(*row, end_section=number == ruled)
+            table.add_row(*map(plain, row), end_section=number == ruled)
         return table
 
 
@@ -90,6 +100,7 @@ def draw_curves(
     """Draw curves over the epochs as a PNG: the mean over an arm's runs, and one standard deviation as a band."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9.0, 4.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -125,6 +136,7 @@ def draw_curves(
     axes.set_xlabel("epoch")
     axes.set_ylabel(ylabel)
     axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # there are whole epochs only
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title, fontsize=11)

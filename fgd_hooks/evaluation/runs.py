@@ -187,9 +187,25 @@ def _read_csv(file: Path) -> list[dict[str, float]]:
     if absent:
         raise RunError(f"{file} is no log of a detection training: there is no column {', '.join(absent)}.")
     try:
-        return [dict(zip(lines[0], map(float, line), strict=True)) for line in lines[1:]]
+        return [dict(zip(lines[0], map(float, _fitted(line, lines[0])), strict=True)) for line in lines[1:]]
     except ValueError as error:
         raise RunError(f"{file} is damaged: {error}") from error
+
+
+def _fitted(line: list[str], names: list[str]) -> list[str]:
+    """A row as wide as the header, where the run was resumed with or without distillation since.
+
+    The losses' columns are what differs: those after the host's own, both of train/ and of val/.
+    """
+    ours = [name.startswith(("train/fgd", "val/fgd")) for name in names]
+    if len(line) == len(names) - sum(ours):
+        cells = iter(line)
+        return ["0" if own else next(cells) for own in ours]
+    more, odd = divmod(len(line) - len(names), 2)
+    if more > 0 and not odd and not any(ours):
+        ends = [max(n for n, name in enumerate(names, 1) if name.startswith(part)) for part in ("train/", "val/")]
+        return line[: ends[0]] + line[ends[0] + more : ends[1] + more] + line[ends[1] + 2 * more :]
+    return line
 
 
 def _minutes(seconds: list[float]) -> float:

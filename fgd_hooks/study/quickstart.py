@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fgd_hooks.errors import ConfigError, QuickstartError, needs_extra
+from fgd_hooks.evaluation.reporting import plain
 from fgd_hooks.study.lease import in_progress
 from fgd_hooks.study.plan import Planner, Run
 from fgd_hooks.study.quickstart_report import QuickstartResult, comparison_table, write_report
@@ -120,8 +121,8 @@ def quickstart(
     report = write_report(out, result)
     console.print(comparison_table(result))
     minutes = (time.perf_counter() - started) / 60
-    console.print(f"{minutes:.1f} minutes in all. Report: {report}")
-    console.print(f"Look closer: tensorboard --logdir {out}")
+    console.print(plain(f"{minutes:.1f} minutes in all. Report: {report}"))
+    console.print(plain(f"Look closer: tensorboard --logdir {out}"))
     return result
 
 

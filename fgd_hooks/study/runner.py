@@ -239,9 +239,9 @@ def progress_display(console: Console | None, **options: Any) -> Progress:
     with needs_extra("study"):
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     columns = (
-        TextColumn("{task.description}", justify="right"),
+        TextColumn("{task.description}", justify="right", markup=False),
         BarColumn(),
-        TextColumn("{task.fields[note]:<20}"),
+        TextColumn("{task.fields[note]:<20}", markup=False),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

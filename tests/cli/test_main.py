@@ -9,6 +9,7 @@ pytest.importorskip("ultralytics")
 
 import fgd_hooks
 from fgd_hooks.cli.main import COMMANDS, main
+from fgd_hooks.config import load_config
 
 
 @pytest.fixture(autouse=True)
@@ -168,29 +169,45 @@ def test_no_command_prints_the_usage(capsys):
     assert "quickstart" in capsys.readouterr().err
 
 
-def test_train_levels_and_eval_of_a_real_run(teacher_file, student_yaml, data, tmp_path, capsys):
+def test_train_resume_and_eval_of_a_real_run(teacher_file, student_yaml, data, tmp_path, capsys, monkeypatch):
     arguments = [
         "train",
         f"teacher={teacher_file}",
         f"model={student_yaml}",
         f"data={data}",
-        "epochs=1",
+        "epochs=2",
         "imgsz=64",
         "batch=4",
+        "workers=0",
         "plots=False",
         "device=cpu",
         f"project={tmp_path}",
-        "name=run",
+        "name=run [v1]",
         "fgd.balance.ratio=2",
     ]
-    assert main(arguments) == 0
-    last = tmp_path / "run" / "weights" / "last.pt"
+
+    def interrupted(session):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fgd_hooks.integrations.ultralytics.session.TrainingSession.on_fit_epoch_end", interrupted)
+        assert main(arguments) == 130
+    run = tmp_path / "run [v1]"
+    assert capsys.readouterr().err.endswith(f"to go on: fgd train model='{run}' resume=True.\n")
+    assert main(["train", f"model={run}", "resume=True"]) == 0
+    out = capsys.readouterr().out
+    assert "The student's mAP50-95 on val: " in out and "(last, epoch 2)" in out
+    assert f"fgd eval '{run}' data={data}" in out
+    assert load_config(run / "fgd.yaml").balance.ratio == 2, "the settings that the run was begun with"
+    assert "finished, so there is nothing to resume" in fails(capsys, "train", f"model={run}", "resume=True")
+    last = run / "weights" / "last.pt"
     assert last.with_suffix(".fgd.safetensors").is_file()
-    header = (tmp_path / "run" / "results.csv").read_text().splitlines()[0]
+    header = (run / "results.csv").read_text().splitlines()[0]
     assert "train/fgd_fg" in header
     capsys.readouterr()
-    assert main(["eval", str(last), f"data={data}", "imgsz=64", "--json", "metrics.json"]) == 0
-    assert "mAP50-95" in capsys.readouterr().out
+    assert main(["eval", f"model={run}", f"data={data}", "imgsz=64", "--json", "metrics.json"]) == 0
+    out = capsys.readouterr().out
+    assert "mAP50-95" in out and "run [v1]" in out.replace("\n", "")
     assert 0 <= json.loads((tmp_path / "metrics.json").read_text())["map50_95"] <= 1
 
 

@@ -60,8 +60,8 @@ def test_the_command_draws_each_image_and_level(run, teacher_file, data, tmp_pat
     arguments = [f"student={run / 'last.pt'}", f"teacher={teacher_file}", f"data={data}", "images=1", "out=pictures"]
     assert main(["show", *arguments, "fgd.levels=[P3,P5]"]) == 0
     files = sorted(file.name for file in (tmp_path / "pictures").iterdir())
-    assert len(files) == 2
-    assert sorted({name.rpartition("_")[2] for name in files}) == ["P3.png", "P5.png"]
+    assert len(files) == 3
+    assert sorted({name.rpartition("_")[2] for name in files}) == ["P3.png", "P5.png", "detections.png"]
     out = capsys.readouterr().out
     assert "last.fgd.safetensors" in out
     assert "P3: attention distance" in out
@@ -94,16 +94,31 @@ def test_a_side_file_of_other_models_is_refused(run, teacher_file, data, tmp_pat
         show("last.pt", teacher_file, data, images=1)
 
 
-def test_images_by_name(run, teacher_file, data, tmp_path, quick):
+def test_what_the_student_found_before_its_training_is_drawn_too(run, teacher_file, data, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("fgd_hooks.cli.show.save_detections", lambda image, found, file: drawn.append(found) or file)
+    monkeypatch.setattr("fgd_hooks.cli.show.save_sheets", lambda sheets, out, top: [])
+    show(run / "last.pt", teacher_file, data, images=1, before=teacher_file)
+    (found,) = drawn
+    assert list(found) == ["teacher", "student before", "student"]
+    assert found["teacher"] == found["student before"]
+
+
+def test_images_by_name(run, teacher_file, data, tmp_path, quick, caplog):
     file = read_data(data).images[0].file
     common = {"teacher": teacher_file, "imgsz": 64}
     with_boxes = show(run / "last.pt", data=data, images=[file], out="one", **common)
     assert [each.name for each in with_boxes.files] == [f"{file.stem}_{level}.png" for level in ("P3", "P4", "P5")]
     (tmp_path / "mine").mkdir()
-    for name in ("a", "b"):
+    for name in "ab":
         shutil.copy(file, tmp_path / "mine" / f"{name}{file.suffix}")
     unlabelled = show(run / "last.pt", images=f"mine,{file}", out="more", **common)
     assert [each.name[0] for each in unlabelled.files[::3]] == ["a", "b", file.stem[0]]
+    for name in "cde":
+        shutil.copy(file, tmp_path / "mine" / f"{name}{file.suffix}")
+    many = show(run, images="mine", out="many", **common)
+    assert [each.name for each in many.detections] == [f"{name}_detections.png" for name in "abcd"]
+    assert "the first 4 of 5 images" in caplog.text
     assert unlabelled.distances["P3"] == pytest.approx(with_boxes.distances["P3"]), "three times the same image"
 
 

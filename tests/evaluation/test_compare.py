@@ -42,6 +42,7 @@ def test_seeds_of_one_arm_are_averaged(runs):
             "best epoch": "2 ± 1",  # 2 and 1: mean 1.5, deviation 0.7
             "epochs": "2",
             "minutes": "3.0 ± 1.4",  # 2 and 4
+            "mAP50-95 above alone": "-",
         },
         {
             "arm": "fgd",
@@ -52,6 +53,7 @@ def test_seeds_of_one_arm_are_averaged(runs):
             "best epoch": "2 ± 0",
             "epochs": "2",
             "minutes": "2.0 ± 0.0",
+            "mAP50-95 above alone": "+13.0 (-25.1 .. +51.1)",  # 10 and 16 at the same seeds: t(0.975, 1) * 3
         },
     ]
     assert result.differing == {"FGD": ("none", "teacher big.pt")}

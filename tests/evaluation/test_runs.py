@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from fgd_hooks.errors import RunError
-from fgd_hooks.evaluation.runs import read_evaluation, read_run
+from fgd_hooks.evaluation.runs import read_evaluation, read_run, weights_of
 
 HEADER = "epoch,time,train/box_loss,metrics/mAP50(B),metrics/mAP50-95(B)"
 
@@ -32,6 +32,33 @@ def evaluation(value=0.5, **more):
     classes = [{"name": "disc", "map50_95": value}, {"name": "star", "map50_95": None}]
     sizes = {"map_small": None, "map_medium": value, "map_large": value}
     return {"map50_95": value, "map50": value, **sizes, "per_class": classes, **more}
+
+
+@pytest.mark.parametrize("begun", ["with", "without"])
+def test_a_run_that_was_resumed_without_or_with_distillation_is_read(tmp_path, begun):
+    folder = make_run(tmp_path / "a", [0.1, 0.3])
+    own = "epoch,time,train/box_loss,{}metrics/mAP50(B),metrics/mAP50-95(B),val/box_loss,{}lr/pg0"
+    rows = ["1,60,2.0,{}0.2,0.1,3.0,{}0.01", "2,120,2.0,{}0.6,0.3,3.0,{}0.02"]
+    header = (
+        own.format("train/fgd_fg,train/fgd_bg,", "val/fgd_fg,val/fgd_bg,") if begun == "with" else own.format("", "")
+    )
+    wide, narrow = ("7,8,", "0,0,"), ("", "")
+    cells = [wide, narrow] if begun == "with" else [narrow, wide]
+    lines = [row.format(*each) for row, each in zip(rows, cells, strict=True)]
+    (folder / "results.csv").write_text("\n".join([header, *lines]) + "\n")
+    run = read_run(folder)
+    assert run.curve == ((1, 0.1, 0.2), (2, 0.3, 0.6))
+    assert run.minutes == 2
+
+
+def test_the_weights_of_a_run(tmp_path):
+    (tmp_path / "weights").mkdir()
+    with pytest.raises(FileNotFoundError, match="no weights/last.pt"):
+        weights_of(tmp_path)
+    for name in ("best", "last"):
+        (tmp_path / "weights" / f"{name}.pt").touch()
+        assert weights_of(tmp_path).name == weights_of(str(tmp_path / "weights")).name == f"{name}.pt"
+    assert weights_of("yolo26n.pt").name == "yolo26n.pt"
 
 
 def test_epochs_best_and_last(tmp_path):

@@ -31,7 +31,7 @@ def test_far_names_get_no_suggestion_and_no_long_list():
     known = [f"model.{number}.conv" for number in range(99)]
     assert suggestion("model.100.conv", known).startswith("Did you mean 'model.")
     assert suggestion("conv", known) == "Did you mean 'model.0.conv' or 'model.1.conv' or 'model.2.conv'?"
-    assert suggestion("zzz", known) == "None of the 99 that are known is near."
+    assert suggestion("zzz", known) == "None of the 99 is near."
 
 
 def test_a_name_is_taken_once():

@@ -14,6 +14,7 @@ from fgd_hooks.config import FGDConfig
 from fgd_hooks.diagnostics.attention import LevelSheet, attention_distances, attention_sheets
 from fgd_hooks.diagnostics.cost import extra_cost
 from fgd_hooks.diagnostics.doctor import first_step
+from fgd_hooks.diagnostics.report import Report
 from fgd_hooks.diagnostics.tensorboard import (
     BEST_MAP,
     EPOCH_MAP,
@@ -67,6 +68,7 @@ class TrainingMonitor:
         self.owns_writer = False
         self.watch: AttentionWatch | None = None
         self.trained_epoch = -1
+        self.report: Report | None = None  # on the first distilling step, until the epoch ends
         self.last_metrics: dict[str, float] = {}
 
     def open(self) -> None:
@@ -125,10 +127,16 @@ class TrainingMonitor:
             return
         self.patience = 0
         report = first_step(self.distiller, distilled, boxes, norm)
-        if not report.troubles:
+        self.report = report
+
+    def end_training_epoch(self) -> None:
+        """Say what was found in the first distilling step: now, since a line earlier would cut the progress bar."""
+        self.trained_epoch = self.trainer.epoch
+        report, self.report = self.report, None
+        if report is not None and not report.troubles:
             names = ", ".join(finding.name for finding in report.findings)
             logger.info("FGD: the first distilling step is well (%s).", names)
-        for finding in report.troubles:
+        for finding in report.troubles if report is not None else ():
             logger.warning("FGD: %s", finding)
 
     def end_batch(self, distilled: Distilled | None, task_loss: Tensor | None, stepped_norm: float) -> None:

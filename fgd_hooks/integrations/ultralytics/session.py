@@ -229,7 +229,7 @@ class TrainingSession:
         """Take in a measurement that the epoch's last step began; all ranks come here, before one of them saves."""
         self.distiller.balance.close()
         if self.monitor is not None:
-            self.monitor.trained_epoch = self.trainer.epoch
+            self.monitor.end_training_epoch()
 
     def on_model_save(self) -> None:
         """Write the side file beside ``last.pt``; Ultralytics calls this on the first rank."""

@@ -10,12 +10,12 @@ pytest.importorskip("ultralytics")
 from fgd_hooks import FGDCallback
 from fgd_hooks.cli.main import main
 from fgd_hooks.config import load_config
-from fgd_hooks.diagnostics.report import Finding, Report
+from fgd_hooks.diagnostics.report import Finding, Report, green, red, yellow
 from fgd_hooks.errors import ConfigError
 from fgd_hooks.integrations.ultralytics import doctor as ultralytics_doctor
 from fgd_hooks.integrations.ultralytics import monitor as ultralytics_monitor
 from fgd_hooks.integrations.ultralytics import session as ultralytics_run
-from fgd_hooks.integrations.ultralytics.doctor import check_quality, diagnose_training
+from fgd_hooks.integrations.ultralytics.doctor import check_quality, check_size, diagnose_training
 
 SMALL = {"imgsz": 64, "batch": 4, "workers": 0}
 
@@ -240,3 +240,19 @@ def test_the_short_form_changes_nothing(train, teacher_file, monkeypatch, settin
     monkeypatch.setattr(ultralytics_monitor.TrainingMonitor, "look", lambda *_: None)
     silent = train(FGDCallback(teacher_file), name="silent", epochs=2, **settings).trainer.model.state_dict()
     assert all(torch.equal(value, silent[name]) for name, value in said.items())
+
+
+def test_the_short_report_shows_what_is_not_green_and_names_the_rest():
+    made = (green("taps", "well"), yellow("start", "odd", "look"), green("cost", "low"), red("parts", "none", "mend"))
+    short = Report(made).short()
+    assert [finding.name for finding in short.findings] == ["parts", "start", "well"]
+    assert short.findings[-1].found.startswith("taps, cost (--verbose")
+    assert Report(made[1:2]).short().findings == made[1:2]
+
+
+@pytest.mark.parametrize(("trained", "given", "said"), [(192, None, True), (192, 192, False), (640, 640, False)])
+def test_a_teacher_of_another_image_size_is_noted(trained, given, said):
+    teacher = torch.nn.Linear(1, 1)
+    teacher.args = {"imgsz": trained}
+    found = check_size("big.pt", teacher, given)
+    assert (found is not None and f"imgsz={trained}" in found.mend) == said
