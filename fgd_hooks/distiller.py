@@ -16,7 +16,7 @@ from fgd_hooks.adapters import create_adapter, run_adapter
 from fgd_hooks.balance import Balance
 from fgd_hooks.config import FGDConfig, load_config
 from fgd_hooks.distilled import Distilled, assemble
-from fgd_hooks.guards import GradientGuard, StepHealth
+from fgd_hooks.guards import AT_WORK, GradientGuard, StepHealth, detach_earlier
 from fgd_hooks.losses.base import LossResult
 from fgd_hooks.masks import PackedBoxes, check_boxes
 from fgd_hooks.pairing import DistillationPair, build_loss, check_names, plan_pairs, signature
@@ -24,7 +24,7 @@ from fgd_hooks.schedule import Clock, next_step, warn_if_idle
 from fgd_hooks.taps.calls import batch_in
 from fgd_hooks.taps.hooks import FeatureTaps, check_not_replicated
 from fgd_hooks.taps.levels import find_sources
-from fgd_hooks.teacher import FrozenTeacher, check_apart, first_input, run_teachers
+from fgd_hooks.teacher import FrozenTeacher, as_modules, check_apart, first_input, run_teachers
 from fgd_hooks.utils.checkpoint import check_count, check_tensor
 from fgd_hooks.utils.distributed import WORLD, ProcessGroup
 from fgd_hooks.utils.modules import unwrap
@@ -47,8 +47,8 @@ class Distiller(nn.Module):
 
     ``parameters()`` and ``state_dict()`` hold what is trained (adapters, context blocks) and nothing else. Student and
     teacher are no submodules; the teacher is frozen and stays in eval mode. Use it as a context manager, or call
-    :meth:`detach`, to remove every hook again. A teacher serves one Distiller at a time. Of several teachers and losses
-    (``losses: [fgd, cwd]``), :attr:`pairs` has one entry for each level of each.
+    :meth:`detach`, to remove every hook again. A second Distiller of one student and teacher replaces the
+    first. Of several teachers and losses (``losses: [fgd, cwd]``), :attr:`pairs` has one entry for each level of each.
 
     Args:
         student: the model that learns; wrappers (DDP, compile) are looked through.
@@ -61,7 +61,7 @@ class Distiller(nn.Module):
             step by step; "world": all, where there is a process group; None: this process distils alone.
 
     Raises:
-        TeacherError: the teacher is the student, shares its weights, is given twice or holds NaN.
+        TeacherError: the teacher is no module or the student, shares its weights, is given twice or holds NaN.
         TapError: a tap cannot be resolved, or no levels are found.
         PairingError: no level is common.
         ConfigError: the configuration does not fit (unknown adapter, loss, level or loss option).
@@ -85,7 +85,7 @@ class Distiller(nn.Module):
         check_names(config)
         check_not_replicated(student)
         student = unwrap(student)
-        teachers = [unwrap(each) for each in ([teacher] if isinstance(teacher, nn.Module) else teacher)]
+        teachers = as_modules(teacher)
         check_apart(student, *teachers)
         self._student = weakref.ref(student)
         self.pairs, self.found_levels = plan_pairs(student, teachers, config, example, teacher_inputs)
@@ -97,12 +97,12 @@ class Distiller(nn.Module):
         for adapter in self.adapters.values():
             adapter.process_group = process_group
         self.balance = self.new_balance(config)
-        self.clock = Clock()
+        self.clock, self._health = Clock(), StepHealth(config)
         self.set_epoch(0, epochs)
-        self._health = StepHealth(config)
         self.trained = list(self.parameters())
         taps = [pair.student.tap for pair in self.pairs]
         sources = find_sources(student, taps, example=example)
+        detach_earlier(student, teachers)
         self.taps = FeatureTaps(student, taps, role="student", grad_only=True, sources=sources)
         self._teachers: list[FrozenTeacher] = []
         try:
@@ -110,6 +110,7 @@ class Distiller(nn.Module):
                 mine = [pair for pair in self.pairs if pair.number == number]
                 theirs = [pair.teacher.tap for pair in mine] + [pair.scores for pair in mine if pair.scores]
                 self._teachers.append(FrozenTeacher(each, theirs, config.teacher))
+            AT_WORK.add(self)
         except BaseException:
             self.detach()
             raise
@@ -269,8 +270,7 @@ class Distiller(nn.Module):
         """The loss of one of :attr:`pairs`, before the balance: student's and teacher's feature (N, C, H, W)."""
         adapted = self.balance.limited(self.adapt(pair, student, teacher.shape[2:]))
         more = {} if scores is None else {"scores": scores}
-        result: LossResult = self.losses[pair.name](adapted, teacher, boxes, **more)
-        return result
+        return self.losses[pair.name](adapted, teacher, boxes, **more)  # type: ignore[no-any-return]
 
     def _nothing(self, resting: bool) -> Distilled:
         """A step without distillation: one launch, and no gradient for the parameters, under DDP neither."""
@@ -358,6 +358,7 @@ class Distiller(nn.Module):
 
     def detach(self) -> None:
         """Remove every hook and give the teacher back as it was; may be called again."""
+        AT_WORK.discard(self)
         self.taps.detach()
         for teacher in self._teachers:
             teacher.release()

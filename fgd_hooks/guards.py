@@ -1,12 +1,14 @@
-"""What keeps a long training safe from its distillation: losses that are not finite, and losses that dominate."""
+"""What keeps a training safe from its distillation: losses not finite, losses that dominate, a pair taken twice."""
 
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fgd_hooks.config import FGDConfig
 from fgd_hooks.errors import NonFiniteError
@@ -172,3 +174,19 @@ class GradientGuard:
             good = torch.linalg.vector_norm(flat, float("inf")) < float("inf")  # NaN stays NaN
             clean = torch.where(good, flat, self.zero.to(flat)).split([grad.numel() for grad in grads])
             torch._foreach_copy_(grads, [new.view(grad.shape) for new, grad in zip(clean, grads, strict=True)])
+
+
+AT_WORK: weakref.WeakSet[Any] = weakref.WeakSet()
+"""The Distillers that are attached."""
+
+
+def detach_earlier(student: nn.Module, teachers: list[nn.Module]) -> None:
+    """Detach a Distiller of this student and one of these teachers, and say so: two would distil the pair twice."""
+
+    def same(one: nn.Module | None, other: nn.Module) -> bool:
+        return one is not None and vars(one) is vars(other)  # also through a second face of the module
+
+    for earlier in list(AT_WORK):
+        if same(earlier._student(), student) and any(same(a, b) for a in earlier.teachers for b in teachers):
+            logger.warning("This student and teacher had a Distiller already; the new one replaces it.")
+            earlier.detach()

@@ -68,6 +68,7 @@ class PackedBoxes:
             )
         for number, of_image in enumerate(boxes):
             _check_shape(of_image, f"boxes[{number}]")
+        boxes = [as_corners(of_image) for of_image in boxes]
         if device is None:
             device = boxes[0].device if boxes else torch.device("cpu")
         counts = [len(of_image) if of_image.numel() else 0 for of_image in boxes]
@@ -121,7 +122,7 @@ class PackedBoxes:
             ValueError: shapes that do not fit, or an image index out of range (seen on the CPU only).
         """
         _check_shape(boxes, "boxes")
-        boxes = boxes.detach().reshape(-1, 4).float()
+        boxes = as_corners(boxes).detach().reshape(-1, 4).float()
         image = image_index.detach().reshape(-1).long()
         if len(image) != len(boxes):
             raise ValueError(f"image_index must hold one number per box: {len(boxes)} boxes, {len(image)} numbers.")
@@ -193,6 +194,19 @@ def box_masks(
     background /= background.sum(1, keepdim=True).clamp_(min=1)
     shape = (packed.num_images, height, width)
     return foreground.view(shape), background.view(shape)
+
+
+def as_corners(boxes: Tensor) -> Tensor:
+    """Boxes (n, 4) as x1 y1 x2 y2; those of ``torchvision.tv_tensors`` say their format, others have these corners."""
+    form = getattr(getattr(boxes, "format", None), "name", "XYXY")
+    boxes = boxes.as_subclass(Tensor)
+    if form == "XYXY" or not boxes.numel():
+        return boxes
+    if form not in ("XYWH", "CXCYWH"):
+        raise ValueError(f"The boxes have the format {form}; expected XYXY, XYWH or CXCYWH.")
+    position, size = boxes.float().split(2, 1)
+    first = position if form == "XYWH" else position - size / 2
+    return torch.cat([first, first + size], 1)
 
 
 def check_boxes(boxes: Sequence[Tensor] | PackedBoxes, canvas: Canvas | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,12 +18,19 @@ from fgd_hooks.errors import TapError, TeacherError
 from fgd_hooks.taps.calls import call_model, cast, resolved
 from fgd_hooks.taps.hooks import FeatureTaps, StopForward, run_until_tapped
 from fgd_hooks.taps.tap import Tap
-from fgd_hooks.utils.modules import unwrap
+from fgd_hooks.utils.modules import is_untrained, unwrap
 
 logger = logging.getLogger("fgd_hooks")
 
 COMPILES_FROM = "2.6"
 """torch 2.4 compiles a tapped teacher more than once and holds on to its features; tried again with 2.15."""
+
+
+SMALLER, SAME = 0.9, 0.9
+"""A teacher with a smaller share of the student's parameters is doubted, and one whose share the student holds."""
+
+_SAID: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+"""Of each teacher the kinds of doubts that were said."""
 
 
 class FrozenTeacher:
@@ -183,6 +191,22 @@ def _all_finite(tensor: Tensor) -> bool:
         return True
 
 
+def as_modules(teacher: Any) -> list[nn.Module]:
+    """One teacher or several as their own modules, without wrappers.
+
+    Raises:
+        TeacherError: one is no module.
+    """
+    given = list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
+    for each in given:
+        if not isinstance(each, nn.Module):
+            raise TeacherError(
+                f"The teacher is a {type(each).__name__} ({each!s:.80}); expected an nn.Module. Load its weights "
+                "first: fgd_hooks.integrations.load_model.load_model takes files, and names of known models."
+            )
+    return [unwrap(each) for each in given]
+
+
 def check_finite(teacher: nn.Module) -> None:
     """Refuse a teacher whose weights or buffers hold NaN or infinity.
 
@@ -203,14 +227,16 @@ def check_finite(teacher: nn.Module) -> None:
 def check_apart(student: nn.Module, *teachers: nn.Module) -> None:
     """Refuse a teacher that is the student or shares weights with it: freezing it would freeze the student.
 
+    Also say what speaks against a teacher (:func:`doubts`), each thing once.
+
     Raises:
         TeacherError: names what is shared; or no teacher is given, or one twice.
     """
     if not teachers:
         raise TeacherError("The list of teachers is empty; give at least one.")
-    if len(set(teachers)) < len(teachers):
+    if len({id(vars(teacher)) for teacher in teachers}) < len(teachers):
         raise TeacherError("The same teacher is given twice; several losses go into losses=[...].")
-    if any(teacher is student for teacher in teachers):
+    if any(vars(teacher) is vars(student) for teacher in teachers):  # also another face of it
         raise TeacherError(
             "Student and teacher are the same object. Load the teacher on its own, or pass copy.deepcopy(student)."
         )
@@ -221,3 +247,38 @@ def check_apart(student: nn.Module, *teachers: nn.Module) -> None:
             f"Student and teacher share {len(shared)} parameter(s), for example {shared[0]!r}. Freezing the teacher "
             "would freeze the student; give the teacher weights of its own (copy.deepcopy)."
         )
+    for teacher in teachers:
+        said = _SAID.setdefault(teacher, set())
+        for kind, text in doubts(student, teacher).items():
+            if kind not in said:
+                said.add(kind)
+                logger.warning("%s %s", *text)
+
+
+def doubts(student: nn.Module, teacher: nn.Module) -> dict[str, tuple[str, str]]:
+    """What speaks against a teacher, and how to mend it, by kind: the one rule of trainings, Distiller and doctor."""
+    tensors = [each for model in (student, teacher) for each in (*model.parameters(), *model.buffers())]
+    if any(map(is_lazy, tensors)):
+        return {}  # they have no size yet
+    found, own = {}, dict(student.named_parameters())
+    mine, theirs = (sum(p.numel() for p in model.parameters()) for model in (student, teacher))
+    if theirs < SMALLER * mine:
+        said = f"The teacher is smaller than the student ({theirs:,} and {mine:,} parameters); were the two swapped?"
+        found["smaller"] = said, "Distil from the larger model into the smaller one."
+    if is_untrained(teacher):
+        said = "The teacher was never trained: its batch normalisations have seen no image. It teaches nothing."
+        found["untrained"] = said, "Load its weights."
+    if theirs and _shared_numbers(own, teacher) > SAME * theirs:
+        said = "Teacher and student hold the same weights: there is nothing to learn."
+        found["same"] = said, "Use a better teacher (bigger, or trained longer)."
+    return found
+
+
+def _shared_numbers(own: dict[str, nn.Parameter], teacher: nn.Module) -> int:
+    """How many of the teacher's numbers the student's parameters of the same names hold as well."""
+    count = 0
+    for name, theirs in teacher.named_parameters():
+        mine = own.get(name)
+        if mine is not None and mine.shape == theirs.shape and torch.equal(mine, theirs.to(mine)):
+            count += theirs.numel()
+    return count

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import fgd_hooks.masks
 from fgd_hooks.masks import PackedBoxes, box_masks, check_boxes
@@ -246,3 +248,26 @@ def test_boxes_go_to_a_gpu_through_pinned_memory(monkeypatch):
     assert (moved.canvas.shape, moved.boxes.shape, moved.canvas.device.type) == ((3, 2), (1, 4), "meta")
     none = PackedBoxes.from_list([torch.zeros(0, 4, device="meta")] * 2, (8, 8))
     assert (none.boxes.device.type, none.canvas.shape) == ("meta", (2, 2))
+
+
+@pytest.mark.parametrize("form", ["XYXY", "XYWH", "CXCYWH"])
+def test_boxes_that_say_their_format_are_converted(form):
+    tv_tensors = pytest.importorskip("torchvision.tv_tensors")
+    from torchvision.ops import box_convert
+
+    corners = torch.tensor([[8.0, 8, 40, 24], [0, 4, 10, 12]])
+    given = tv_tensors.BoundingBoxes(box_convert(corners, "xyxy", form.lower()), format=form, canvas_size=(64, 64))
+    for packed in (
+        PackedBoxes.from_list([given], (64, 64)),
+        PackedBoxes.from_flat(given, torch.zeros(2), 1, (64, 64)),
+    ):
+        assert type(packed.boxes) is Tensor
+        assert torch.equal(packed.boxes, corners)
+
+
+def test_boxes_of_another_format_are_refused():
+    class Turned(torch.Tensor):
+        format = SimpleNamespace(name="CXCYWHR")
+
+    with pytest.raises(ValueError, match="CXCYWHR"):
+        PackedBoxes.from_list([torch.ones(1, 4).as_subclass(Turned)], (8, 8))

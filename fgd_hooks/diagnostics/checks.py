@@ -38,6 +38,15 @@ def check_numbers(student: nn.Module, task_loss: float) -> Finding:
     return green("numbers", found, {"task_loss": task_loss})
 
 
+def check_teacher(doubts: Mapping[str, tuple[str, str]]) -> Finding:
+    """What speaks against a teacher (:func:`fgd_hooks.teacher.doubts`); that nothing does says little."""
+    if doubts:
+        found, mend = (" ".join(texts) for texts in zip(*doubts.values(), strict=True))
+        return (yellow if set(doubts) == {"smaller"} else red)("teacher", found, mend)
+    unknown = "whether it detects well cannot be told from here: measure its mAP on your images."
+    return green("teacher", f"Its weights are no reason to doubt it, but {unknown}")
+
+
 def check_taps(taps: Sequence[Tap], features: Sequence[Tensor | None]) -> Finding:
     """Whether each tap of the student has captured a map in the forward pass."""
     missing = [str(tap) for tap, feature in zip(taps, features, strict=True) if feature is None]

@@ -23,7 +23,7 @@ from fgd_hooks.errors import TapError
 from fgd_hooks.guards import StepHealth
 from fgd_hooks.masks import PackedBoxes
 from fgd_hooks.schedule import Clock
-from fgd_hooks.teacher import first_input
+from fgd_hooks.teacher import doubts, first_input
 from fgd_hooks.utils.modules import gradient_norm
 from fgd_hooks.utils.preserve import RandomState, bit_equal, preserve
 
@@ -146,6 +146,7 @@ def _findings(patient: _Patient, boxes: Sequence[Tensor] | PackedBoxes, canvas: 
     for number, found in enumerate(distiller.found_levels):
         pairs = [pair for pair in distiller.pairs if pair.number == number]
         yield checks.check_levels(pairs, found.student, found.teacher, found.chosen)
+        yield checks.check_teacher(doubts(patient.student, patient.teachers[number]))
     frozen = [parameter for teacher in patient.teachers for parameter in teacher.parameters()]
     yield checks.check_optimizer(distiller.parameters(), frozen, patient.optimizers)
     if taps.status == "red":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,25 +20,37 @@ FINAL_MAP, FINAL_MAP50, BEST_MAP = "final/mAP50-95", "final/mAP50", "best/mAP50-
 # of each epoch; TensorBoard's Custom Scalars draw no line for a tag with brackets, such as Ultralytics' own
 EPOCH_MAP = "fgd/mAP50-95"
 
+MEANINGS = {
+    "fgd/loss": "The whole distillation loss as added to the task's.",
+    "fgd/task_loss": "The task's own loss per image, also of a run with weight 0: lower is better.",
+    "fgd/parts/": "A part of the distillation loss as added to the task's, summed over the levels.",
+    "fgd/levels/": "A part of the distillation loss as added to the task's, of one level.",
+    "fgd/raw/": "A part of one level before the loss's own weights, the balance and the schedule.",
+    "fgd/balance/scale/": "What the balance multiplies a level's loss by.",
+    "fgd/balance/ratio/": "|distillation gradient| / |task gradient| when last measured; balance.ratio is aimed at.",
+    "fgd/balance/cosine/": "Cosine between the gradients of distillation and task: below 0 they pull apart.",
+    "fgd/weight": "The configured weight times the schedule: 0 where nothing is distilled.",
+    "fgd/skipped_steps": "Steps so far whose distillation loss was not finite and was left out.",
+    "fgd/adapter_gradient_norm": "Norm of the gradient of adapters and context blocks in the last step.",
+    "fgd/attention_distance/": "Distance of the student's attention from the teacher's on validation images; 0: alike.",
+    EPOCH_MAP: "mAP50-95 on the validation images after each epoch, also of a run with weight 0: higher is better.",
+    FINAL_MAP: "mAP50-95 on the validation images after the last epoch.",
+    FINAL_MAP50: "mAP50 on the validation images after the last epoch.",
+    BEST_MAP: "mAP50-95 on the validation images with the best checkpoint.",
+    "train/": "A part of the host's training loss, mean of the epoch.",
+    "val/": "A part of the host's loss on the validation images.",
+    "metrics/": "The host's figure on the validation images.",
+    "lr/": "Learning rate of a group of the host's optimizer.",
+}
+"""Beginning of a tag -> what its chart shows; TensorBoard has the line behind the (i) of each chart."""
+
+_DESCRIBED: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+
 
 def distillation_scalars(
     distiller: Distiller, distilled: Distilled, task_loss: float | None = None
 ) -> dict[str, float]:
-    """Name to value of everything worth watching in one step.
-
-    ==============================  ====================================================================
-    ``fgd/loss``                    the whole distillation loss as added to the task's
-    ``fgd/task_loss``               ``task_loss``, if given: the task's own loss, in the same unit
-    ``fgd/parts/<part>``            part of the loss as added to the task's, summed over the levels
-    ``fgd/levels/<level>/<part>``   the same of one level
-    ``fgd/raw/<level>/<part>``      before the loss's own weights, the balance and the schedule
-    ``fgd/balance/scale/<level>``   the balance's scale
-    ``fgd/balance/ratio/<level>``   |distillation gradient| / |task gradient| at the last measurement
-    ``fgd/balance/cosine/<level>``  cosine between these two gradients: below 0 they pull apart
-    ``fgd/weight``                  configured weight times schedule
-    ``fgd/skipped_steps``           steps whose distillation loss was not finite
-    ==============================  ====================================================================
-    """
+    """Name to value of everything worth watching in one step: see :data:`MEANINGS`."""
     balance = distiller.balance
     tensors = {f"fgd/parts/{part}": value for part, value in distilled.parts.items()}
     for kind, levels in (("levels", distilled.levels), ("raw", distilled.raw)):
@@ -53,9 +66,17 @@ def distillation_scalars(
 
 
 def write_scalars(writer: Any, scalars: dict[str, float], step: int) -> None:
-    """Write to a ``torch.utils.tensorboard.SummaryWriter``."""
+    """Write to a ``torch.utils.tensorboard.SummaryWriter``; a tag's first value carries the line of its chart."""
+    from torch.utils.tensorboard.summary import scalar
+
+    described = _DESCRIBED.setdefault(writer, set())
     for name, value in scalars.items():
-        writer.add_scalar(name, value, step)
+        summary = scalar(name, value)
+        if name not in described:
+            described.add(name)
+            meaning = next((line for beginning, line in MEANINGS.items() if name.startswith(beginning)), "")
+            summary.value[0].metadata.summary_description = meaning
+        writer.file_writer.add_summary(summary, step)
 
 
 def write_sheets(writer: Any, sheets: Sequence[LevelSheet], step: int) -> None:

@@ -12,9 +12,9 @@ from fgd_hooks.initialization.inherit import inherit
 from fgd_hooks.initialization.neck_head import Parts
 from fgd_hooks.initialization.reconstruction import fit_channels
 from fgd_hooks.initialization.report import InitializationReport
-from fgd_hooks.initialization.weight_selection import inherit_channels, is_untrained
+from fgd_hooks.initialization.weight_selection import inherit_channels
 from fgd_hooks.utils.distributed import WORLD, ProcessGroup, on_any_process
-from fgd_hooks.utils.modules import unwrap
+from fgd_hooks.utils.modules import is_untrained, unwrap
 
 LEAST = 0.9
 """Share of the student's parameters that "auto" must be able to replace."""

@@ -14,22 +14,11 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
 from torch import nn
 
-from fgd_hooks.initialization.layers import BatchNorm, checked, take_over
+from fgd_hooks.initialization.layers import checked, take_over
 from fgd_hooks.initialization.report import InitializationReport
 from fgd_hooks.utils.modules import own_tensors
-
-
-def is_untrained(model: nn.Module) -> bool:
-    """Whether no batch normalisation of the model has seen anything: all means 0, all variances 1.
-
-    False for a model without batch normalisations that keep statistics: nothing is known of it.
-    """
-    statistics = [(m.running_mean, m.running_var) for m in model.modules() if isinstance(m, BatchNorm)]
-    kept = [(mean, variance) for mean, variance in statistics if mean is not None and variance is not None]
-    return bool(kept) and all(not mean.any() and bool(torch.all(variance == 1)) for mean, variance in kept)
 
 
 def inherit_channels(student: nn.Module, *, teacher: nn.Module, least: float = 0.0) -> InitializationReport:

@@ -38,7 +38,7 @@ from fgd_hooks.taps.canvas import Size
 from fgd_hooks.taps.hooks import LiveHook
 from fgd_hooks.taps.levels import PROBE_SIZE, probe_input
 from fgd_hooks.taps.tap import describe
-from fgd_hooks.teacher import PerTeacher, check_apart
+from fgd_hooks.teacher import PerTeacher
 from fgd_hooks.utils.modules import unwrap
 from fgd_hooks.utils.preserve import preserve
 
@@ -82,7 +82,6 @@ class TorchvisionDistiller(Distiller):
         student = _detector(student, "student")
         given = [teacher] if isinstance(teacher, nn.Module) else teacher
         detectors = [_detector(each, "teacher") for each in given]
-        check_apart(student, *detectors)
         face, faces = OnBatch(student), [OnBatch(each) for each in detectors]
         canvases = probe_canvases(student, detectors)
         config = with_taps(load_config(config), face, faces, canvases)

@@ -312,7 +312,7 @@ class FeatureTaps:
                 raise TapError(
                     f"The {self.role}'s feature at {tap} takes no gradient, so distilling it would change nothing. All "
                     "layers before it are frozen, or it was detached: unfreeze them, or leave this level out "
-                    "(levels=[...])."
+                    '(levels=[...]). If they are frozen at first only, begin later, as in schedule.start="3 epochs".'
                 )
         return [features[position] for position in range(len(self.taps))]
 

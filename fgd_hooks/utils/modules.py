@@ -9,14 +9,26 @@ from torch import Tensor, nn
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module inside DataParallel, DistributedDataParallel and ``torch.compile`` wrappers."""
+    """The user's own module inside DataParallel, DistributedDataParallel, ``torch.compile`` and ``YOLO`` wrappers."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         elif "_orig_mod" in model._modules:
             model = model.get_submodule("_orig_mod")
+        elif hasattr(model, "add_callback") and isinstance(model._modules.get("model"), nn.Module):
+            model = model.get_submodule("model")  # Ultralytics' YOLO object, whose call predicts
         else:
             return model
+
+
+def is_untrained(model: nn.Module) -> bool:
+    """Whether no batch normalisation of the model has seen anything: all means 0, all variances 1.
+
+    False for a model without normalisations that keep statistics: nothing is known of it.
+    """
+    statistics = [(getattr(m, "running_mean", None), getattr(m, "running_var", None)) for m in model.modules()]
+    kept = [(mean, var) for mean, var in statistics if isinstance(mean, Tensor) and isinstance(var, Tensor)]
+    return bool(kept) and all(not mean.any() and bool(torch.all(var == 1)) for mean, var in kept)
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -40,7 +40,8 @@ def test_a_sound_distillation_is_green(models):
     report = check(*models)
     assert report.status == "green", str(report)
     names = [finding.name for finding in report.findings]
-    expected = "numbers taps levels optimizer masks loss_parts gradient loss_scale weight_0 teacher_frozen"
+    expected = "numbers taps levels optimizer masks loss_parts gradient loss_scale weight_0 teacher teacher_frozen"
+    assert "cannot be told" in report.of("teacher").found
     assert set(names) == {*(name.replace("_", " ") for name in expected.split()), "teacher's features"}
     assert len(names) == len(set(names))
     assert all(finding.mend == "" for finding in report.findings)
@@ -387,3 +388,9 @@ def test_a_report_as_text_and_as_json():
     with pytest.raises(KeyError, match="a, b, c"):
         report.of("d")
     assert Report(()).status == "green"
+
+
+def test_a_teacher_that_was_never_trained_or_is_smaller():
+    assert check(trained(TinyDetector()), TinyDetector((16, 24, 32))).of("teacher").status == "red"
+    finding = check(TinyDetector((16, 24, 32)), trained(TinyDetector())).of("teacher")
+    assert (finding.status, "swapped" in finding.found) == ("yellow", True)

@@ -6,8 +6,9 @@ from torch import Tensor, nn
 
 from fgd_hooks.errors import TeacherError
 from fgd_hooks.initialization.initialize import initialize
-from fgd_hooks.initialization.weight_selection import inherit_channels, is_untrained
+from fgd_hooks.initialization.weight_selection import inherit_channels
 from fgd_hooks.utils.linalg import evenly_spaced
+from fgd_hooks.utils.modules import is_untrained
 from tests.helpers.tiny import TinyDetector, block, trained
 
 

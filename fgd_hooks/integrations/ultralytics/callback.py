@@ -27,13 +27,15 @@ from torch import nn
 
 from fgd_hooks.config import FGDConfig, load_config
 from fgd_hooks.distiller import Distiller
-from fgd_hooks.errors import ConfigError
+from fgd_hooks.errors import ConfigError, TaskError
+from fgd_hooks.integrations.ultralytics.baseline import BaselineSession
 from fgd_hooks.integrations.ultralytics.compat import check_task, check_text_encoder, check_version
 from fgd_hooks.integrations.ultralytics.initialization import inherit_into
 from fgd_hooks.integrations.ultralytics.session import TrainingSession, is_first_rank
 from fgd_hooks.integrations.ultralytics.settings import FGDSettings, differences, named_config
 from fgd_hooks.integrations.ultralytics.teacher import (
     as_list,
+    check_channels,
     file_of,
     fuse_files,
     load_teachers,
@@ -98,7 +100,7 @@ class FGDCallback:
         self.inherited = ""
         self._loaded: list[nn.Module] | None = None
         self._attached: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._sessions: weakref.WeakKeyDictionary[Any, TrainingSession] = weakref.WeakKeyDictionary()
+        self._sessions: weakref.WeakKeyDictionary[Any, TrainingSession | BaselineSession] = weakref.WeakKeyDictionary()
 
     def attach(self, model: Any) -> FGDCallback:
         """Add this callback to a ``YOLO`` model (or a trainer); the following ``model.train()`` calls distil.
@@ -130,9 +132,14 @@ class FGDCallback:
             if isinstance(student, nn.Module) and self.config.weight > 0 and self.config.names_places:
                 # a wrong name is found now, not when the start is fitted and a run's folder made
                 plan_pairs(student, self._loaded, with_score_taps(self.config, self._loaded))
+        for other in {handler.callback for handler in _handlers(model)} - {self}:
+            logger.warning("FGD: another FGDCallback was attached to this model; the new one replaces it.")
+            other.detach(model)
         self.detach(model)
         for event in EVENTS:
             model.add_callback(event, _Handler(self, event))
+        if self._acts and hasattr(model, "tune"):
+            vars(model)["tune"] = refuse_tune
         self._attached.add(model)
         return self
 
@@ -140,6 +147,8 @@ class FGDCallback:
         """Take this callback out of a ``YOLO`` model or trainer again."""
         for handlers in model.callbacks.values():
             handlers[:] = [each for each in handlers if not (isinstance(each, _Handler) and each.callback is self)]
+        if not _handlers(model):
+            vars(model).pop("tune", None)
         self._attached.discard(model)
 
     def distiller(self, trainer: Any) -> Distiller | None:
@@ -181,17 +190,38 @@ class FGDCallback:
     def _begin(self, trainer: Any) -> None:
         """Model, optimizer, DDP wrapper and EMA exist, and a resumed checkpoint is loaded; called on all ranks."""
         if not self._acts:
+            self._watch(trainer)
             return
         teachers, self._loaded = self._loaded or load_teachers(self.teacher), None
+        check_channels(trainer.model, teachers)
         if not trainer.resume:
             self.inherited, expected = inherit_into(trainer, teachers[0], self.config.inherit)
             if self.inherited and is_first_rank():
                 logger.log(logging.INFO if expected else logging.WARNING, "FGD: %s", self.inherited)
         if self.config.weight == 0:
+            self._watch(trainer)
             return
         teachers = fuse_files(teachers, self.teacher, self.config.teacher)
         self._sessions[trainer] = session = TrainingSession(trainer, teachers, named_config(self.config, self.teacher))
         session.install()
+
+    def _watch(self, trainer: Any) -> None:
+        """Show a training without distillation as one with it is shown."""
+        if is_first_rank():
+            self._sessions[trainer] = session = BaselineSession(trainer, self.config)
+            session.install()
+
+
+def refuse_tune(*args: Any, **kwargs: Any) -> None:
+    """Stands in for ``model.tune`` while a callback is attached."""
+    raise TaskError(
+        "model.tune() trains in processes of its own that no callback reaches: its trials would not be distilled. Loop "
+        "over model.train() with the settings to be tried, or tune the student alone after callback.detach(model)."
+    )
+
+
+def _handlers(model: Any) -> list[_Handler]:
+    return [each for handlers in model.callbacks.values() for each in handlers if isinstance(each, _Handler)]
 
 
 @dataclass(frozen=True)

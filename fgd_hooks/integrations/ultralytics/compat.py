@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.torch_version import TorchVersion
 
 from fgd_hooks.errors import TaskError, VersionError
@@ -58,14 +58,14 @@ def check_text_encoder(student: Any) -> None:
         logger.warning("FGD: %s", NO_TEXT_ENCODER)
 
 
-def images_counted(model: nn.Module, batch: Tensor) -> int:
-    """By how many images the loss of a batch (N, C, H, W) of the unwrapped student is multiplied.
+def images_counted(model: nn.Module, images: int) -> int:
+    """By how many images the loss of a batch of so many is multiplied by the unwrapped student.
 
     Ultralytics' YOLO losses are a mean over images times their number N; RT-DETR's is the mean alone.
     """
     layers = getattr(model, "model", None)
     head = layers[-1] if isinstance(layers, nn.Sequential) and len(layers) else None
-    return 1 if type(head).__name__ == "RTDETRDecoder" else int(batch.shape[0])
+    return 1 if type(head).__name__ == "RTDETRDecoder" else images
 
 
 def check_version() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fgd_hooks.config import FGDConfig
+from fgd_hooks.diagnostics.checks import check_teacher
 from fgd_hooks.diagnostics.cost import extra_cost
 from fgd_hooks.diagnostics.doctor import diagnose
 from fgd_hooks.diagnostics.report import Finding, Report, green, red, yellow
@@ -30,13 +31,14 @@ from fgd_hooks.integrations.ultralytics.session import TrainingSession
 from fgd_hooks.integrations.ultralytics.settings import named_config
 from fgd_hooks.integrations.ultralytics.teacher import (
     as_list,
+    check_channels,
     file_of,
     fuse_files,
     load_teachers,
     with_score_taps,
 )
 from fgd_hooks.pairing import plan_pairs
-from fgd_hooks.teacher import check_apart, check_finite
+from fgd_hooks.teacher import check_apart, check_finite, doubts
 
 EVALUATED = 64  # images of the validation set, evenly spread
 NOTHING, WEAK, NOISE = 0.02, 0.10, 0.02  # mAP50-95 of 0..1: finds nothing, finds little, difference of no meaning
@@ -79,6 +81,7 @@ def diagnose_training(
         return Report((red("teacher", str(error), "Use another teacher file."),))
     except (TapError, PairingError) as error:
         return Report((red("levels", str(error), "Choose a teacher or taps whose levels fit."),))
+    told = [check_teacher(doubts(student.model, module)) for module in modules]  # before they are fused
     measured: dict[str, Any] = {key: settings[key] for key in ("imgsz", "batch", "device") if key in settings}
     if not isinstance(measured.get("batch", 1), int) or measured.get("batch", 1) < 1:
         del measured["batch"]  # Ultralytics' automatic batch
@@ -88,7 +91,8 @@ def diagnose_training(
         findings = _examine(student, modules, files, named_config(config, teacher), {**settings, "data": data})
         quality = [check_quality(trained, teacher=str(file), data=data, settings=measured) for file in files]
     sizes = [check_size(file, module, settings.get("imgsz")) for file, module in zip(files, modules, strict=True)]
-    return Report((*quality, *filter(None, sizes), *findings))
+    told_of = [each for each in told if each.status != "green"]
+    return Report((*quality, *filter(None, sizes), *told_of, *findings))
 
 
 def _examine(
@@ -102,6 +106,11 @@ def _examine(
         """Instead of all callbacks, also those of loggers, which would record a run."""
         if event != "on_train_start":
             return
+        try:
+            check_channels(trainer.model, teachers)
+        except TeacherError as error:
+            found.append(red("teacher", str(error), "Use another teacher file."))
+            raise _Examined from None
         line, expected = inherit_into(trainer, teachers[0], config.inherit)
         text = line or "The student begins with the weights that it has."
         found.append(Finding("green" if expected else "yellow", "start", text))
@@ -136,13 +145,16 @@ def _check(trainer: Any, session: TrainingSession) -> list[Finding]:
     distiller, images = session.distiller, batch["img"]
     distiller.set_epoch(0, trainer.epochs)
 
+    count = images_counted(session.model, len(images))
+
     def loss() -> Tensor:
-        total: Tensor = trainer.model(batch)[0].sum() / images_counted(session.model, images)  # as the distillation's
+        total: Tensor = trainer.model(batch)[0].sum() / count  # as the distillation's
         return total
 
     report = diagnose(distiller, images, session.boxes_of(batch), loss=loss, optimizer=session.optimizer)
     cost = extra_cost(distiller, trainer.batch_size, int(trainer.args.imgsz))
-    return [green("cost", f"{cost}."), *report.findings]
+    # the teacher is fused here, and its mAP is measured
+    return [green("cost", f"{cost}."), *(each for each in report.findings if each.name != "teacher")]
 
 
 def check_size(file: Any, teacher: nn.Module, imgsz: Any) -> Finding | None:

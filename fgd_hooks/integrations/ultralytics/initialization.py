@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from fgd_hooks.initialization.initialize import initialize
 from fgd_hooks.initialization.neck_head import find_parts
-from fgd_hooks.initialization.weight_selection import is_untrained
-from fgd_hooks.utils.modules import unwrap
+from fgd_hooks.utils.modules import is_untrained, unwrap
 from fgd_hooks.utils.preserve import RandomState
 
 MOST_IMAGES, MOST_PIXELS = 64, 2**23

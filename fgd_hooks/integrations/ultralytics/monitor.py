@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,29 +51,19 @@ on a CPU (yolo26n at 192 pixels), so that epochs of a few steps would cost more 
 BoxesOf = Callable[[Mapping[str, Tensor]], PackedBoxes]
 
 
-class TrainingMonitor:
-    """Reports one training, on its first rank; it only reads what the training leaves behind.
+class RunMonitor:
+    """Reports the task's side of one training, distilled or not, on its first rank; it only reads."""
 
-    ``boxes_of`` packs the boxes of a collated batch.
-    """
-
-    def __init__(self, trainer: Any, distiller: Distiller, config: FGDConfig, boxes_of: BoxesOf) -> None:
+    def __init__(self, trainer: Any, config: FGDConfig) -> None:
         self.trainer = trainer
-        self.distiller = distiller
         self.config = config
-        self.boxes_of = boxes_of
-        self.seen: tuple[Distilled, PackedBoxes] | None = None  # the step to look at
-        self.patience = PATIENCE
         self.writer: Any = None
         self.owns_writer = False
-        self.watch: AttentionWatch | None = None
         self.trained_epoch = -1
-        self.report: Report | None = None  # on the first distilling step, until the epoch ends
         self.last_metrics: dict[str, float] = {}
 
-    def open(self) -> None:
+    def open(self, levels: Sequence[str] = ()) -> None:
         """Open TensorBoard: Ultralytics' writer where it has one, else one of our own in the same directory."""
-        self.announce()
         if self.config.log_interval == 0:
             return
         from ultralytics.utils.callbacks import tensorboard
@@ -86,14 +76,68 @@ class TrainingMonitor:
                 logger.warning("FGD: tensorboard is not installed; its scalars are not written.")
                 return
             self.writer, self.owns_writer = SummaryWriter(str(self.trainer.save_dir)), True
-        write_layout(self.writer, self.distiller.level_names)
-        dataset = self.trainer.test_loader.dataset
-        self.watch = AttentionWatch(self.distiller, dataset, self.boxes_of, self.config.image_interval)
+        write_layout(self.writer, levels)
 
     def close(self) -> None:
         """Close TensorBoard, if it is our own."""
         if self.owns_writer:
             self.writer.close()
+
+    def wants(self, step: int) -> bool:
+        """Whether this step's scalars are written: every ``log_interval`` steps."""
+        return self.writer is not None and step % self.config.log_interval == 0
+
+    def write(self, scalars: dict[str, float], step: int) -> None:
+        """Write scalars; the axis is all steps."""
+        write_scalars(self.writer, scalars, step)
+
+    def end_epoch(self) -> None:
+        """Write what belongs to a validated epoch; the axis is epochs. Ultralytics' own scalars if it writes none."""
+        trainer, metrics, done = self.trainer, dict(self.trainer.metrics or {}), self.trainer.epoch + 1
+        if trainer.epoch == self.trained_epoch:  # Ultralytics comes here once more, one epoch on, with best.pt
+            self.last_metrics = metrics
+            validated = trainer.args.val or done >= trainer.epochs
+            if self.writer is not None and MAP in metrics and validated:
+                write_scalars(self.writer, {EPOCH_MAP: float(metrics[MAP])}, done)
+            self.watch_epoch()
+        if self.owns_writer and trainer.tloss is not None:
+            host = {**trainer.label_loss_items(trainer.tloss), **metrics, **trainer.lr}
+            write_scalars(self.writer, {name: float(value) for name, value in host.items()}, done)
+
+    def watch_epoch(self) -> None:
+        """What else belongs to an epoch that was trained."""
+
+    def end_run(self) -> None:
+        """Write the run's row of TensorBoard's table; the trainer's ``metrics`` are those of ``best.pt`` then."""
+        if self.writer is None:
+            return
+        trainer, last, best = self.trainer, self.last_metrics, self.trainer.metrics or {}
+        host = {**{key: getattr(trainer.args, key) for key in HOST_SETTINGS}, "epochs": trainer.epochs}
+        plain = {k: value if isinstance(value, (int, float)) else Path(str(value)).name for k, value in host.items()}
+        found = {FINAL_MAP: last.get(MAP), FINAL_MAP50: last.get(MAP50), BEST_MAP: best.get(MAP)}
+        metrics = {tag: float(value) for tag, value in found.items() if value is not None}
+        write_hyper_parameters(self.writer, hyper_parameters(self.config, **plain), metrics, trainer.epochs)
+
+
+class TrainingMonitor(RunMonitor):
+    """Reports one training that distils; ``boxes_of`` packs the boxes of a collated batch."""
+
+    def __init__(self, trainer: Any, distiller: Distiller, config: FGDConfig, boxes_of: BoxesOf) -> None:
+        super().__init__(trainer, config)
+        self.distiller = distiller
+        self.boxes_of = boxes_of
+        self.seen: tuple[Distilled, PackedBoxes] | None = None  # the step to look at
+        self.report: Report | None = None  # on the first distilling step, until the epoch ends
+        self.patience = PATIENCE
+        self.watch: AttentionWatch | None = None
+
+    def open(self, levels: Sequence[str] = ()) -> None:
+        """Say what is distilled, and open TensorBoard."""
+        self.announce()
+        super().open(levels or self.distiller.level_names)
+        if self.writer is not None:
+            dataset = self.trainer.test_loader.dataset
+            self.watch = AttentionWatch(self.distiller, dataset, self.boxes_of, self.config.image_interval)
 
     def announce(self) -> None:
         """Say in one line what is distilled into what, and what that costs per step of one process."""
@@ -140,39 +184,20 @@ class TrainingMonitor:
             logger.warning("FGD: %s", finding)
 
     def end_batch(self, distilled: Distilled | None, task_loss: Tensor | None, stepped_norm: float) -> None:
-        """Write the scalars of the last step that distilled, every ``log_interval`` steps; the axis is all steps."""
+        """Write the scalars of the last step that distilled."""
         self.look(stepped_norm)
         step = self.distiller.clock.step - 1
-        if self.writer is None or distilled is None or step % self.config.log_interval:
+        if distilled is None or not self.wants(step):
             return
         scalars = distillation_scalars(self.distiller, distilled, None if task_loss is None else float(task_loss))
-        write_scalars(self.writer, {**scalars, "fgd/adapter_gradient_norm": stepped_norm}, step)
+        self.write({**scalars, "fgd/adapter_gradient_norm": stepped_norm}, step)
 
-    def end_epoch(self) -> None:
-        """Write what belongs to a validated epoch; the axis is epochs. Ultralytics' own scalars if it writes none."""
-        trainer, metrics, done = self.trainer, dict(self.trainer.metrics or {}), self.trainer.epoch + 1
-        if trainer.epoch == self.trained_epoch:  # Ultralytics comes here once more, one epoch on, with best.pt
-            self.last_metrics = metrics
-            validated = trainer.args.val or done >= trainer.epochs
-            if self.writer is not None and MAP in metrics and validated:
-                write_scalars(self.writer, {EPOCH_MAP: float(metrics[MAP])}, done)
-            if self.watch is not None:
-                student = trainer.ema.ema if trainer.ema else self.distiller.student
-                self.watch.write(self.writer, student, trainer.epoch, last=trainer.stop)
-        if self.owns_writer and trainer.tloss is not None:
-            host = {**trainer.label_loss_items(trainer.tloss), **metrics, **trainer.lr}
-            write_scalars(self.writer, {name: float(value) for name, value in host.items()}, done)
-
-    def end_run(self) -> None:
-        """Write the run's row of TensorBoard's table; the trainer's ``metrics`` are those of ``best.pt`` then."""
-        if self.writer is None:
-            return
-        trainer, last, best = self.trainer, self.last_metrics, self.trainer.metrics or {}
-        host = {**{key: getattr(trainer.args, key) for key in HOST_SETTINGS}, "epochs": trainer.epochs}
-        plain = {k: value if isinstance(value, (int, float)) else Path(str(value)).name for k, value in host.items()}
-        found = {FINAL_MAP: last.get(MAP), FINAL_MAP50: last.get(MAP50), BEST_MAP: best.get(MAP)}
-        metrics = {tag: float(value) for tag, value in found.items() if value is not None}
-        write_hyper_parameters(self.writer, hyper_parameters(self.config, **plain), metrics, trainer.epochs)
+    def watch_epoch(self) -> None:
+        """Write the attention distance, and now and then pictures."""
+        if self.watch is not None:
+            trainer = self.trainer
+            student = trainer.ema.ema if trainer.ema else self.distiller.student
+            self.watch.write(self.writer, student, trainer.epoch, last=trainer.stop)
 
 
 class AttentionWatch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from fgd_hooks.config import FGDConfig
 from fgd_hooks.distilled import Distilled
 from fgd_hooks.distiller import Distiller
+from fgd_hooks.integrations.ultralytics.baseline import keep_columns
 from fgd_hooks.integrations.ultralytics.boxes import boxes_of, mask_boxes_of
 from fgd_hooks.integrations.ultralytics.checkpoint import DistillationCheckpoint
 from fgd_hooks.integrations.ultralytics.compat import DistillingLoss, drop_loss, images_counted
@@ -41,6 +43,39 @@ class _Hook(LiveHook):
 
     def __call__(self, *args: Any) -> Any:
         return self.method(*args)
+
+
+class AfterStep:
+    """Calls a method after each step of an optimizer.
+
+    Not by torch's step hooks: an optimizer around another one (Lookahead) may never call them, or not have them.
+    """
+
+    def __init__(self, optimizer: Any, method: Callable[[Any], None]) -> None:
+        self.optimizer = optimizer
+        self.method: Callable[[Any], None] | None = method
+        self.before = vars(optimizer).get("step")  # a scheduler puts its own there
+        own = optimizer.step
+
+        @functools.wraps(own)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            result = own(*args, **kwargs)
+            if self.method is not None:
+                self.method(optimizer)
+            return result
+
+        self.step = step
+        optimizer.step = step
+
+    def remove(self) -> None:
+        """Give the optimizer its own step back; one that somebody has wrapped meanwhile goes on without the method."""
+        self.method = None
+        if vars(self.optimizer).get("step") is not self.step:
+            return
+        if self.before is None:
+            del self.optimizer.step
+        else:
+            self.optimizer.step = self.before
 
 
 class TrainingSession:
@@ -92,7 +127,7 @@ class TrainingSession:
                 self.parallel = self._in_parallel()
             if trainer.resume:
                 self.checkpoint.resume(Path(str(trainer.args.resume)).parent, trainer.start_epoch)
-            self.handles = [trainer.optimizer.register_step_post_hook(self.step)]
+            self.handles = [AfterStep(trainer.optimizer, self.step)]
             if self.compiled:
                 self.handles.append(DistillingLoss(self.model, self.add_loss_of))
             else:
@@ -144,7 +179,7 @@ class TrainingSession:
         """What the model gives for a training batch, its loss vector and named items, with the distillation's."""
         task, items = output
         images = batch["img"]
-        count = images_counted(self.model, images)
+        count = images_counted(self.model, len(images))
         self.task_loss = task.detach().sum() / count  # per image, as the parts
         boxes = self.boxes_of(batch)
         distilled: Distilled = self.parallel(images, boxes, task_loss=self.task_loss)
@@ -167,7 +202,7 @@ class TrainingSession:
             return mask_boxes_of(batch, bool(self.trainer.args.overlap_mask))
         return boxes_of(batch)
 
-    def step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+    def step(self, optimizer: Any) -> None:
         """After a step of the student's optimizer: step ours.
 
         Not where nothing was distilled since the last step: under DDP the gradients are zeros then and not None, and
@@ -229,6 +264,7 @@ class TrainingSession:
         """Take in a measurement that the epoch's last step began; all ranks come here, before one of them saves."""
         self.distiller.balance.close()
         if self.monitor is not None:
+            keep_columns(self.trainer)
             self.monitor.end_training_epoch()
 
     def on_model_save(self) -> None:

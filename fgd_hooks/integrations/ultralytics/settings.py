@@ -17,7 +17,7 @@ from fgd_hooks.integrations.ultralytics.teacher import as_list, name_of
 
 logger = logging.getLogger("ultralytics")  # the host's own console and log file
 
-SETTINGS_FILE = "fgd.yaml"
+SETTINGS_FILE, BEGUN_FILE = "fgd.yaml", "fgd-begun.yaml"
 
 
 class FGDSettings(TypedDict, total=False):
@@ -69,7 +69,7 @@ def record_settings(config: FGDConfig, folder: Path, *, resumed: bool) -> None:
 
     In a resumed training first say with which other settings it was begun, and keep those in ``fgd-begun.yaml``.
     """
-    file, kept = folder / SETTINGS_FILE, folder / "fgd-begun.yaml"
+    file, kept = folder / SETTINGS_FILE, folder / BEGUN_FILE
     if resumed and (changed := changed_settings(config, file)):
         if not kept.is_file():
             with contextlib.suppress(OSError):

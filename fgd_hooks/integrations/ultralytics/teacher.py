@@ -15,7 +15,10 @@ from fgd_hooks.errors import TeacherError
 from fgd_hooks.evaluation.runs import weights_of
 from fgd_hooks.integrations.ultralytics.compat import TASKS, task_of
 from fgd_hooks.pairing import needs_scores
+from fgd_hooks.utils.modules import is_untrained, unwrap
 from fgd_hooks.utils.registry import suggestion
+
+NO_WEIGHTS = "describes an architecture and holds no weights; an untrained teacher teaches nothing. Give a .pt file."
 
 
 def load_teacher(teacher: str | Path | nn.Module | Any) -> nn.Module:
@@ -36,6 +39,8 @@ def load_teacher(teacher: str | Path | nn.Module | Any) -> nn.Module:
     else:
         name = type(teacher).__name__
         module = getattr(teacher, "model", None) if hasattr(teacher, "add_callback") else teacher
+        if module is not teacher and isinstance(module, nn.Module) and is_untrained(module):
+            raise TeacherError(f"The teacher, a {name} object, {NO_WEIGHTS}")
     if not isinstance(module, nn.Module):
         expected = "a weights file, a YOLO object with weights, or an nn.Module"
         raise TeacherError(f"The teacher is a {name}; expected {expected}.")
@@ -51,6 +56,29 @@ def load_teachers(teacher: Any) -> list[nn.Module]:
     if not (each := as_list(teacher)):
         raise TeacherError("The list of teachers is empty; give at least one.")
     return [load_teacher(one) for one in each]
+
+
+def check_channels(student: nn.Module, teachers: Sequence[nn.Module]) -> None:
+    """Refuse teachers of other images than those of the training, whose data say the channels.
+
+    Raises:
+        TeacherError: names both numbers of channels.
+    """
+    for teacher in teachers:
+        mine, theirs = (_channels(unwrap(model)) for model in (student, teacher))
+        if mine and theirs and mine != theirs:
+            raise TeacherError(
+                f"The teacher takes images of {theirs} channel(s), those of this training have {mine}. Use a teacher "
+                "that was trained on such images, or other data (channels: in the data yaml)."
+            )
+
+
+def _channels(model: nn.Module) -> int | None:
+    """The channels of the images that one of Ultralytics' models takes; None for any other."""
+    layers = getattr(model, "model", None)
+    if not (hasattr(model, "yaml") and isinstance(layers, nn.Sequential)):
+        return None
+    return next((m.in_channels for m in layers.modules() if isinstance(m, nn.Conv2d)), None)
 
 
 def fuse_files(modules: Sequence[nn.Module], teacher: Any, settings: TeacherConfig) -> list[nn.Module]:
@@ -121,10 +149,7 @@ def _load_file(path: Path) -> Any:
 
     path = weights_of(path)
     if path.suffix in (".yaml", ".yml"):
-        raise TeacherError(
-            f"The teacher {str(path)!r} describes an architecture and holds no weights; an untrained teacher teaches "
-            "nothing. Give a .pt file."
-        )
+        raise TeacherError(f"The teacher {str(path)!r} {NO_WEIGHTS}")
     if not path.is_file() and path.name not in GITHUB_ASSETS_NAMES:
         folder = path.parent
         present = sorted(f.name for f in folder.glob("*.pt")) if folder.is_dir() else []

@@ -8,6 +8,7 @@ pytest.importorskip("ultralytics")
 
 from fgd_hooks import FGDCallback, load_config
 from fgd_hooks.integrations.ultralytics.settings import named_config
+from fgd_hooks.utils.checkpoint import LAST_CHECKPOINT
 from tests.diagnostics.test_tensorboard import hparams_of, layout_of, read
 
 
@@ -48,6 +49,28 @@ def test_a_run_holds_its_settings_its_page_and_its_row(train, teacher_file, stud
     assert best.value == pytest.approx(yolo.trainer.metrics["metrics/mAP50-95(B)"])
 
 
-def test_the_stock_run_is_left_alone(train, teacher_file):
-    yolo = train(FGDCallback(teacher_file, weight=0))
-    assert not (yolo.trainer.save_dir / "fgd.yaml").exists()
+def test_a_baseline_lies_in_the_charts_of_a_distilled_run(train, teacher_file):
+    """The task's loss and the validation have the same tags and the same size; each chart says what it shows."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    zero = train(FGDCallback(teacher_file, weight=0, log_interval=1), name="zero", val=True)
+    folder = zero.trainer.save_dir
+    assert not (folder / "fgd.yaml").exists()
+    events = EventAccumulator(str(folder)).Reload()
+    distilled = train(FGDCallback(teacher_file, log_interval=1, inherit=None), name="distilled", val=True)
+    other = EventAccumulator(str(distilled.trainer.save_dir)).Reload()
+    losses = [[event.value for event in each.Scalars("fgd/task_loss")] for each in (events, other)]
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5), "the first step of both sees the same student"
+    assert len(losses[0]) == len(losses[1]) == 5
+    for tag in ("fgd/task_loss", "fgd/mAP50-95", "final/mAP50-95", "val/box_loss", "train/box_loss"):
+        assert tag in events.Tags()["scalars"], tag
+        assert events.SummaryMetadata(tag).summary_description.endswith((".", "better.")), tag
+    assert hparams_of(events)["fgd.weight"] == 0
+
+
+def test_a_baseline_in_the_folder_of_a_distilled_run_removes_what_that_left(train, teacher_file):
+    folder = train(FGDCallback(teacher_file), name="same").trainer.save_dir
+    assert (folder / "fgd.yaml").exists()
+    train(FGDCallback(teacher_file, weight=0), name="same", exist_ok=True)
+    assert not (folder / "fgd.yaml").exists()
+    assert not (folder / "weights" / LAST_CHECKPOINT).exists()
