@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fgd_hooks.distiller import Distiller
     from fgd_hooks.errors import FGDError
     from fgd_hooks.initialization.inherit import inherit
+    from fgd_hooks.initialization.initialize import initialize
     from fgd_hooks.initialization.reconstruction import fit_channels
     from fgd_hooks.initialization.weight_selection import inherit_channels
     from fgd_hooks.integrations.ultralytics.callback import FGDCallback
@@ -30,6 +31,7 @@ _HOME = {  # imported on first use: the command line answers without torch, and 
     "find_levels": "taps.levels",
     "fit_channels": "initialization.reconstruction",
     "inherit": "initialization.inherit",
+    "initialize": "initialization.initialize",
     "inherit_channels": "initialization.weight_selection",
     "list_adapters": "adapters",
     "list_losses": "losses",
@@ -50,6 +52,7 @@ __all__ = [
     "fit_channels",
     "inherit",
     "inherit_channels",
+    "initialize",
     "list_adapters",
     "list_losses",
     "load_config",

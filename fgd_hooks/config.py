@@ -246,12 +246,12 @@ class FGDConfig(Section):
         levels: names of the levels to use ("P3", ...) out of those that pair; null: all.
         adapter: a registered adapter, or "auto" (identity where channels match, fitted elsewhere).
         resize: resample the student's map where its size differs from the teacher's; an error otherwise.
-        inherit: what an integration copies of the teacher's weights into the student before a training begins.
-            "channels": evenly spaced channels of every layer, for a student of the teacher's architecture that is
-            narrower (weight selection); "fitted": the same, and then each convolution is fitted to what the
-            teacher's computes on some training images (reconstruction); "auto": as "fitted", if the
-            student begins from random weights and nine tenths of them are replaced so; "neck", "head" or "neck+head":
-            these, where their shapes are equal (see fgd_hooks/initialization/inherit.py); null or empty: nothing.
+        inherit: what the student takes over from the teacher before a training begins (:func:`fgd_hooks.initialize`).
+            "channels": evenly spaced channels of every layer (weight selection); "fitted": the same, and then each
+            convolution is fitted to what the teacher's computes on some training images (reconstruction); "auto": as
+            "fitted", of what was not trained yet: the whole student where nine tenths of its parameters are replaced
+            so, else neck and head behind a trained backbone; "neck", "head" or "neck+head": these, where their shapes
+            are equal (the paper's inheriting strategy); null or empty: nothing.
         boxes_from: where the Ultralytics callback takes the boxes of the foreground from: "labels", or, in a segment
             training, "masks": the box around what is seen of each instance.
         losses: several losses at once instead of ``loss``: names or sections like it, as in

@@ -18,7 +18,8 @@ from fgd_hooks.errors import TapError, TeacherError
 from fgd_hooks.taps.calls import call_model, cast, resolved
 from fgd_hooks.taps.hooks import FeatureTaps, StopForward, run_until_tapped
 from fgd_hooks.taps.tap import Tap
-from fgd_hooks.utils.modules import is_untrained, unwrap
+from fgd_hooks.utils.modules import unwrap
+from fgd_hooks.utils.untrained import is_untrained
 
 logger = logging.getLogger("fgd_hooks")
 

@@ -37,7 +37,7 @@ from fgd_hooks.config import save_config
 from fgd_hooks.diagnostics import tensorboard as monitor
 from fgd_hooks.errors import FGDError
 from fgd_hooks.evaluation.runs import MAP, MAP50
-from fgd_hooks.initialization.initialize import initialize
+from fgd_hooks.initialization.initialize import images_to_fit, initialize
 from fgd_hooks.initialization.report import InitializationReport
 from fgd_hooks.integrations.torchvision import TorchvisionDistiller
 from fgd_hooks.utils.preserve import RandomState
@@ -107,16 +107,19 @@ class Training:
         return distiller
 
     def inherit(self, teacher: nn.Module, config: FGDConfig) -> InitializationReport | None:
-        """Do what the setting ``inherit`` says."""
+        """Do what the setting ``inherit`` says; with weight 0 only what is asked for by name."""
+        if config.weight == 0 and config.inherit == "auto":
+            return None
 
-        def first_batch() -> list[Tensor]:
-            state = RandomState.now()
+        def images() -> list[Tensor]:
+            data, sizes, state = self.loader.dataset, self.settings.image, RandomState.now()
             try:
-                return [image.to(self.device) for image in next(iter(self.loader))[0]]
+                count = min(len(data), images_to_fit(self.settings.batch, max(sizes.min_size) * sizes.max_size))
+                return [data[number * len(data) // count][0].to(self.device) for number in range(count)]
             finally:
                 state.restore()
 
-        return initialize(self.model, teacher=teacher, what=config.inherit, images=first_batch)
+        return initialize(self.model, teacher=teacher, what=config.inherit, images=images)
 
     def factor(self, step: int) -> float:
         """What the learning rates are multiplied by in a step."""

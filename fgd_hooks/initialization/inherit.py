@@ -68,15 +68,18 @@ def inherit(
     kept: dict[str, str] = {}
     modules: dict[str, list[tuple[str, str]]] = {}
     for part in mine:
-        modules[part], reason = _pair(part, _weighted(student, mine[part]), _weighted(teacher, theirs[part]), match)
+        modules[part], reason = pair_modules(part, student, mine[part], teacher, theirs[part], match)
         if reason:
             whole = [unit for name in mine[part] for unit in units(student, name)]
             kept |= {tensor: reason for unit in whole for tensor in unit.tensors}
     return take_over(student, layers, modules, "equal", kept)
 
 
-def _pair(part: str, mine: list[str], theirs: list[str], match: str) -> tuple[list[tuple[str, str]], str]:
-    """The student's modules with the teacher's, or none and the reason."""
+def pair_modules(
+    part: str, student: nn.Module, names: Sequence[str], teacher: nn.Module, others: Sequence[str], match: str = "auto"
+) -> tuple[list[tuple[str, str]], str]:
+    """The student's modules with weights of one part, each with the teacher's, or none and the reason."""
+    mine, theirs = _weighted(student, names), _weighted(teacher, others)
     if match == "name" or (match == "auto" and mine == theirs):
         return [(name, name) for name in mine], ""
     if len(mine) == len(theirs):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,11 +38,17 @@ class Unit:
         return _normalises(list(self.layers.values())[-1])
 
     def match(
-        self, teacher: Mapping[str, nn.Module], fit: Fit, prefix: str = "", counterpart: str = ""
+        self,
+        teacher: Mapping[str, nn.Module],
+        fit: Fit,
+        prefix: str = "",
+        counterpart: str = "",
+        hidden: Collection[str] = (),
     ) -> tuple[dict[str, str], str]:
         """The student's layers -> the teacher's if all of them fit, else nothing and the reason.
 
         ``teacher`` holds its modules by name; ``counterpart`` is what it calls the student's module ``prefix``.
+        ``hidden`` are layers whose outputs other layers take, so that they may be channels of the teacher's.
         """
         others = {name: join(counterpart, name[len(prefix) :].lstrip(".")) for name in self.layers}
         missing = [(other, _normalises(self.layers[name])) for name, other in others.items() if other not in teacher]
@@ -50,12 +56,12 @@ class Unit:
             fused = len(missing) < len(others) and all(norm for _, norm in missing)
             return {}, f"the teacher has no {missing[0][0]}" + (" (is it fused?)" if fused else "")
         for name, other in others.items():
-            if reason := self._misfit(name, other, teacher[other], fit):
+            if reason := self._misfit(name, other, teacher[other], fit, self.normalised or name in hidden):
                 return {}, reason
         return others, ""
 
-    def _misfit(self, name: str, other: str, theirs: nn.Module, fit: Fit) -> str:
-        """Why one layer does not fit the teacher's, or an empty text."""
+    def _misfit(self, name: str, other: str, theirs: nn.Module, fit: Fit, inside: bool) -> str:
+        """Why one layer does not fit the teacher's, or an empty text; ``inside``: its outputs may be channels."""
         layer = self.layers[name]
         mine, given, weighted = own_tensors(layer), own_tensors(theirs), isinstance(layer, Weighted)
         if mine.keys() != given.keys():
@@ -68,12 +74,12 @@ class Unit:
             return f"{name} has {groups[0]} groups, the teacher's {groups[1]}"
         if weighted and fit != "equal":
             count, of = (tensors["weight"].shape[1 - _input_dim(layer)] for tensors in (mine, given))
-            if count > of or (count < of and not self.normalised):
-                alone = "" if self.normalised else ", without a normalisation,"
+            if count > of or (count < of and not inside):
+                alone = "" if inside else ", which no other layer is known to take,"
                 return f"the {count} outputs of {name}{alone} are no channels of the teacher's {of}"
         if fit == "outputs":
             return ""
-        thinner = fit == "channels" and (weighted or isinstance(layer, BatchNorm))
+        thinner = fit == "channels" and (weighted or _normalises(layer))
         for key in mine:
             shape, whole = tuple(mine[key].shape), tuple(given[key].shape)
             within = len(shape) == len(whole) and all(one <= most for one, most in zip(shape, whole, strict=True))
@@ -110,10 +116,11 @@ def checked(student: nn.Module, teacher: nn.Module) -> tuple[nn.Module, nn.Modul
 def take_over(
     student: nn.Module,
     teacher: Mapping[str, nn.Module],
-    modules: dict[str, list[tuple[str, str]]],
+    modules: Mapping[str, Sequence[tuple[str, str]]],
     fit: Fit,
     kept: Mapping[str, str] | None = None,
     least: float = 0.0,
+    hidden: Collection[str] = (),
 ) -> InitializationReport:
     """Copy what fits of ``modules``, pairs of names for each part; all is compared before the first number is copied.
 
@@ -124,7 +131,7 @@ def take_over(
     values: dict[str, Tensor] = {}
     for name, counterpart in (pair for pairs in modules.values() for pair in pairs):
         for unit in units(student, name):
-            others, reason = unit.match(teacher, fit, name, counterpart)
+            others, reason = unit.match(teacher, fit, name, counterpart, hidden)
             kept.update(dict.fromkeys(unit.tensors, reason) if reason else {})
             for layer, other in others.items():
                 for key, value in _channels(unit.layers[layer], teacher[other], unit.normalised):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -24,7 +25,7 @@ class InitializationReport:
 
     copied: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
-    modules: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    modules: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
     parameters: int = 0
     of: int = 0
     fitted: dict[str, float] | None = None

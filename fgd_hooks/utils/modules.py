@@ -21,16 +21,6 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def is_untrained(model: nn.Module) -> bool:
-    """Whether no batch normalisation of the model has seen anything: all means 0, all variances 1.
-
-    False for a model without normalisations that keep statistics: nothing is known of it.
-    """
-    statistics = [(getattr(m, "running_mean", None), getattr(m, "running_var", None)) for m in model.modules()]
-    kept = [(mean, var) for mean, var in statistics if isinstance(mean, Tensor) and isinstance(var, Tensor)]
-    return bool(kept) and all(not mean.any() and bool(torch.all(var == 1)) for mean, var in kept)
-
-
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The parameters and persistent buffers that a module itself holds, without those of its children."""
     tensors: dict[str, Tensor | None] = {**module._parameters}

@@ -103,12 +103,12 @@ def test_a_layer_is_the_least_squares_solution(shape, depthwise):
     start = student[1].weight.clone()
     images = some_images()
     result = fit_channels(student, teacher=teacher, images=images)
-    assert set(result.fitted) == {"1"}
-    assert "nothing" not in result.unfitted["0"]
+    assert set(result.fitted) == {"0", "1"}
     taken = evenly_spaced(4, 8)
     expected = reference(student[1], start, outputs(student, "0", images), outputs(teacher, "1", images)[:, taken])
     assert torch.allclose(student[1].weight.double(), as_long_as(start, expected), rtol=1e-3, atol=1e-5)
-    assert not torch.allclose(student[1].weight, start, atol=1e-3)
+    if student[1].weight[0].numel() > 1:  # of a single number nothing but the length could change
+        assert not torch.allclose(student[1].weight, start, atol=1e-3)
 
 
 def as_long_as(start: Tensor, weight: Tensor) -> Tensor:
@@ -236,13 +236,12 @@ def test_layers_that_cannot_be_fitted_stay_and_the_report_says_why():
     student, teacher = Odd(4), Odd(4, kernel=5, wide=6)
     before = copy.deepcopy(student.state_dict())
     result = fit_channels(student, teacher=teacher, images=some_images())
-    assert set(result.fitted) == {"first"}
+    assert set(result.fitted) == {"first", "same"}
     words = {
-        "twice": "not once",
-        "never": "not once",
+        "twice": "given before",
+        "never": "does not run",
         "grouped": "2 groups",
         "reflecting": "pads",
-        "same": "pads",
         "kernel": "kernel_size",
         "fixed": "frozen",
         "head": "no channels",
@@ -452,3 +451,129 @@ def test_wrappers_are_looked_through():
     assert isinstance(wrapped, Net)
     for name, value in wrapped.state_dict().items():
         assert torch.equal(value, student.state_dict()[name])
+
+
+class Plain(nn.Module):
+    """A neck and a head without normalisations; the head is one for all levels."""
+
+    def __init__(self, width: int, classes: int = 3) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU())
+        self.neck = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(2))
+        self.tower = nn.Conv2d(width, width, 3, padding=1)
+        self.scores = nn.Conv2d(width, classes, 1)
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        maps = [self.backbone(images)]
+        maps.append(nn.functional.max_pool2d(maps[0], 2))
+        return [layer(each) for layer, each in zip(self.neck, maps, strict=True)]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return self.predict(self.features(images))
+
+    def predict(self, features: list[Tensor]) -> list[Tensor]:
+        return [self.scores(self.tower(each).relu()) for each in features]
+
+
+def test_a_head_of_all_levels_is_fitted_to_the_cells_of_all():
+    torch.manual_seed(0)
+    student, teacher = Plain(4), trained(Plain(8)).eval()
+    images = some_images(8)
+    inherit_channels(student, teacher=teacher)
+    start = student.tower.weight.clone()
+    result = fit_channels(student, teacher=teacher, images=images)
+    assert set(result.fitted) == {"backbone.0", "neck.0", "neck.1", "tower", "scores"}
+    with torch.no_grad():
+        met = student.eval().features(images)
+        wanted = [teacher.tower(each)[:, evenly_spaced(4, 8)] for each in teacher.features(images)]
+    columns = [nn.functional.unfold(each, 3, padding=1).transpose(1, 2).flatten(0, 1).double() for each in met]
+    inputs, aims = torch.cat(columns), torch.cat([each.movedim(1, -1).flatten(0, 2).double() for each in wanted])
+    inputs, aims = inputs - inputs.mean(0), aims - aims.mean(0)
+    for channel in range(4):
+        first, aim = start[channel].flatten().double(), aims[:, channel]
+        first = first * ((inputs @ first) @ aim / (inputs @ first).square().sum()).clamp(min=0)
+        ridge = len(inputs) * inputs.square().mean() * max(RIDGE, inputs.shape[1] / len(inputs))
+        system = torch.cat([inputs, ridge.sqrt() * torch.eye(inputs.shape[1])])
+        expected = torch.linalg.lstsq(system, torch.cat([aim, ridge.sqrt() * first])).solution
+        assert torch.allclose(student.tower.weight[channel].flatten().double(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_hidden_layers_without_a_normalisation_become_channels_and_predictions_do_not():
+    torch.manual_seed(0)
+    student, teacher = Plain(4, classes=3), trained(Plain(8, classes=6)).eval()
+    start = copy.deepcopy(student.state_dict())
+    result = initialize(student, teacher=teacher, what="fitted", images=some_images)
+    assert result is not None
+    assert {"neck.0", "neck.1", "tower"} <= set(result.fitted)
+    assert "scores" in result.unfitted, "three classes are no channels of six"
+    assert torch.equal(student.scores.weight, start["scores.weight"])
+    assert "neck.0.weight" in result.copied
+
+
+class SamePadding(nn.Conv2d):
+    """Pads as TensorFlow does: more at the right and the bottom where the number is odd."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(nn.functional.pad(images, (0, 1, 0, 1)))
+
+
+class Tilted(nn.Conv2d):
+    """Pads at the left and the top alone."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(nn.functional.pad(images, (1, 0, 1, 0)))
+
+
+def test_a_layer_that_pads_for_itself_is_fitted_where_its_padding_is_known():
+    torch.manual_seed(0)
+    models = [nn.Sequential(SamePadding(3, width, 3, 2), nn.BatchNorm2d(width)) for width in (4, 8)]
+    result = fit_channels(models[0], teacher=models[1], images=some_images(8))
+    assert result.fitted["0"] > 0.9, "three colours are enough for all of the teacher's channels"
+    models = [nn.Sequential(Tilted(3, width, 3, 2), nn.BatchNorm2d(width)) for width in (4, 8)]
+    assert "0" in fit_channels(models[0], teacher=models[1], images=some_images(8)).unfitted
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.conv(x)).relu()
+
+
+def test_of_a_deeper_teacher_the_last_block_is_fitted_to_the_last():
+    torch.manual_seed(0)
+    student, teacher = (
+        nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1)), nn.Sequential(*(Residual(4) for _ in range(count))))
+        for count in (2, 4)
+    )
+    trained(teacher).eval()
+    copied = inherit_channels(student, teacher=teacher)
+    assert copied.copied["1.1.conv.weight"] == "1.3.conv.weight"
+    assert torch.equal(student[1][1].conv.weight, teacher[1][3].conv.weight)
+    assert "1.1.conv <- 1.3.conv" in str(copied) or "1.1 <- 1.3" in str(copied)
+    assert set(fit_channels(student, teacher=teacher, images=some_images()).fitted) == {"0.0", "1.0.conv", "1.1.conv"}
+
+
+def test_auto_takes_an_untrained_neck_and_head_and_leaves_a_trained_backbone():
+    torch.manual_seed(0)
+    teacher = trained(TinyDetector((32, 48, 64))).eval()
+    student = trained(TinyDetector((16, 24, 32)), seed=1)
+    before = copy.deepcopy(student.state_dict())
+    images = torch.rand(4, 3, 64, 64)
+    result = initialize(student, teacher=teacher, images=images)
+    assert result is not None
+    assert set(result.modules) == {"neck", "head"}
+    changed = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if name.startswith(("neck.", "head."))}
+    assert min(result.fitted.values()) > 0.05
+    assert initialize(student, teacher=teacher, images=images) is None, "now all of it has weights of its own"
+    with torch.no_grad():
+        student.head.heads[0].bias[0] += 1
+    neck = TinyDetector((16, 24, 32))
+    neck.load_state_dict({**before, **{key: value for key, value in student.state_dict().items() if "head" in key}})
+    result = initialize(neck, teacher=teacher, images=images)
+    assert result is not None
+    assert set(result.modules) == {"neck"}, "the head was trained"

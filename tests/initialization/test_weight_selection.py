@@ -8,7 +8,6 @@ from fgd_hooks.errors import TeacherError
 from fgd_hooks.initialization.initialize import initialize
 from fgd_hooks.initialization.weight_selection import inherit_channels
 from fgd_hooks.utils.linalg import evenly_spaced
-from fgd_hooks.utils.modules import is_untrained
 from tests.helpers.tiny import TinyDetector, block, trained
 
 
@@ -166,16 +165,6 @@ def test_too_little_that_fits_changes_nothing():
     assert set(result.kept) == set(before)
     assert "parameters fit" in result.summary
     assert inherit_channels(student, teacher=teacher, least=0.5).parameters > 0
-
-
-def test_untrained_is_what_no_batch_normalisation_has_seen():
-    model = net(2)
-    assert is_untrained(model)
-    model.eval()(torch.randn(1, 3, 4, 4))
-    assert is_untrained(model), "a pass in eval mode leaves no trace"
-    model.train()(torch.randn(1, 3, 4, 4))
-    assert not is_untrained(model)
-    assert not is_untrained(nn.Linear(2, 2)), "nothing is known of it"
 
 
 def test_what_the_setting_says():

@@ -12,13 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fgd_hooks.initialization.initialize import initialize
+from fgd_hooks.initialization.initialize import images_to_fit, initialize
 from fgd_hooks.initialization.neck_head import find_parts
-from fgd_hooks.utils.modules import is_untrained, unwrap
+from fgd_hooks.utils.modules import unwrap
 from fgd_hooks.utils.preserve import RandomState
-
-MOST_IMAGES, MOST_PIXELS = 64, 2**23
-"""What the layers are fitted to (``inherit=fitted``); more pixels only if a batch of the training has more."""
+from fgd_hooks.utils.untrained import is_untrained
 
 
 def yolo_parts(model: nn.Module) -> dict[str, list[str]]:
@@ -47,18 +45,22 @@ def inherit_into(trainer: Any, teacher: nn.Module, what: str | None) -> tuple[st
         One line on what was copied (empty where nothing was to be), and whether that is what was asked for.
     """
     student, teacher = unwrap(trainer.model), unwrap(teacher)
-    automatic = what == "auto"
-    if not what or (automatic and not is_untrained(student)):
+    if not what:
         return "", True
+    automatic = what == "auto"
+    trained = automatic and not is_untrained(student)
     nothing = f"inherit={what}: nothing was initialised from the teacher"
     mine, theirs = (_strides(model) for model in (student, teacher))
     if mine and theirs and mine != theirs:
-        return f"{nothing}: the student's levels have the strides {mine}, the teacher's {theirs}.", automatic
+        line = f"{nothing}: the student's levels have the strides {mine}, the teacher's {theirs}."
+        return ("" if trained else line), automatic
     parts: list[dict[str, list[str]]] | tuple[None, None] = (None, None)
-    if what not in ("auto", "channels", "fitted"):
-        parts = [{part: yolo_parts(model)[part] for part in what.split("+")} for model in (student, teacher)]
+    if trained or what not in ("auto", "channels", "fitted"):
+        wanted = "neck+head" if trained else what
+        parts = [{part: yolo_parts(model)[part] for part in wanted.split("+")} for model in (student, teacher)]
         if missing := [part for part, modules in parts[1].items() if not modules]:
-            return f"{nothing}: no {missing[0]} was found in the teacher ({type(teacher).__name__}).", False
+            line = f"{nothing}: no {missing[0]} was found in the teacher ({type(teacher).__name__})."
+            return ("" if trained else line), trained
 
     def images() -> Tensor:
         teacher.to(trainer.device)  # where it is to teach, too
@@ -78,7 +80,7 @@ def some_images(trainer: Any) -> Tensor:
     """Images of the training set as the training shows them: (N, C, H, W) in [0, 1], the same in each call.
 
     They come from a data set of their own, so that neither the training's random state nor its mosaic buffer moves; a
-    mosaic is made of these images alone. At most :data:`MOST_PIXELS` in all, or one batch of one process.
+    mosaic is made of these images alone. As many as ``images_to_fit`` says.
     """
     args, state = trainer.args, RandomState.now()
     random.seed(args.seed)
@@ -90,7 +92,7 @@ def some_images(trainer: Any) -> Tensor:
     try:
         data = trainer.build_dataset(trainer.data["train"], mode="train", batch=trainer.batch_size)
         batch = trainer.batch_size // max(1, trainer.world_size)
-        count = min(MOST_IMAGES, max(batch, MOST_PIXELS // args.imgsz**2))
+        count = images_to_fit(batch, args.imgsz**2)
         samples = [data[number * len(data) // count] for number in range(count)]
         try:  # the class's own method: whoever watches the batches of this trainer counts those of the training
             found: Tensor = type(trainer).preprocess_batch(trainer, data.collate_fn(samples))["img"]

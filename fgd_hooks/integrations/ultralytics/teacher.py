@@ -15,8 +15,9 @@ from fgd_hooks.errors import TeacherError
 from fgd_hooks.evaluation.runs import weights_of
 from fgd_hooks.integrations.ultralytics.compat import TASKS, task_of
 from fgd_hooks.pairing import needs_scores
-from fgd_hooks.utils.modules import is_untrained, unwrap
+from fgd_hooks.utils.modules import unwrap
 from fgd_hooks.utils.registry import suggestion
+from fgd_hooks.utils.untrained import is_untrained
 
 NO_WEIGHTS = "describes an architecture and holds no weights; an untrained teacher teaches nothing. Give a .pt file."
 

@@ -8,6 +8,7 @@ pytest.importorskip("ultralytics")
 
 from fgd_hooks import FGDCallback, fit_channels
 from fgd_hooks.errors import ConfigError
+from fgd_hooks.initialization import initialize
 from fgd_hooks.initialization.inherit import inherit
 from fgd_hooks.initialization.weight_selection import inherit_channels
 from fgd_hooks.integrations.ultralytics import initialization as hosted
@@ -215,7 +216,7 @@ def test_the_images_are_what_the_trainer_makes_of_them_and_no_generator_of_a_gpu
         monkeypatch.setattr(kind, "preprocess_batch", lambda self, batch: batch["texts"])
         assert torch.equal(some_images(trainer), plain), "its batches hold what these do not"
         monkeypatch.undo()
-        monkeypatch.setattr(hosted, "MOST_PIXELS", 2**12)
+        monkeypatch.setattr(initialize, "MOST_PIXELS", 2**12)
         for trainer.batch_size, trainer.world_size, images in ((8, 0, 8), (8, 1, 8), (8, 4, 2)):
             assert len(some_images(trainer)) == images, "a batch of one process"
         trainer.args.multi_scale = 0.5
