@@ -35,11 +35,11 @@ from torchvision.models import get_model
 from fgd_hooks import FGDConfig, load_config
 from fgd_hooks.config import save_config
 from fgd_hooks.diagnostics import tensorboard as monitor
-from fgd_hooks.errors import FGDError
+from fgd_hooks.errors import ConfigError, FGDError
 from fgd_hooks.evaluation.runs import MAP, MAP50
 from fgd_hooks.initialization.initialize import images_to_fit, initialize
 from fgd_hooks.initialization.report import InitializationReport
-from fgd_hooks.integrations.torchvision import TorchvisionDistiller
+from fgd_hooks.integrations.torchvision import TorchvisionDistiller, detector_parts
 from fgd_hooks.utils.preserve import RandomState
 
 Build = Callable[[Any, int, ImageSettings], nn.Module]
@@ -119,7 +119,12 @@ class Training:
             finally:
                 state.restore()
 
-        return initialize(self.model, teacher=teacher, what=config.inherit, images=images)
+        parts, what = detector_parts(self.model), config.inherit or ""
+        if missing := [part for part in what.split("+") if part in ("neck", "head") and part not in parts]:
+            raise ConfigError(f"fgd.inherit is {what!r}, but the {type(self.model).__name__} has no {missing[0]}.")
+        if what in ("neck", "head"):
+            parts = {what: parts[what]}
+        return initialize(self.model, teacher=teacher, what=what, parts=parts, images=images)
 
     def factor(self, step: int) -> float:
         """What the learning rates are multiplied by in a step."""

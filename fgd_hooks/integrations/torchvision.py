@@ -294,6 +294,28 @@ def backbone_maps(face: OnBatch, canvases: Sequence[Size], role: str = "model") 
     return found
 
 
+def detector_parts(detector: nn.Module) -> dict[str, list[str]]:
+    """The modules of a torchvision detector's neck and head, for :func:`fgd_hooks.initialize`.
+
+    ::
+
+        initialize(student, teacher=teacher, parts=detector_parts(student), images=images)
+
+    The neck is what the backbone holds behind its first module with weights (the FPN), the head all that is not in it.
+
+    Raises:
+        TypeError: it is no torchvision detector.
+    """
+    detector = _detector(detector, "model")
+    inside = [f"backbone.{name}" for name, each in detector.get_submodule("backbone").named_children() if _weighs(each)]
+    head = [name for name, each in detector.named_children() if name != "backbone" and _weighs(each)]
+    return {part: names for part, names in (("neck", inside[1:]), ("head", head)) if names}
+
+
+def _weighs(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
 def _detector(model: nn.Module, role: str) -> nn.Module:
     if isinstance(model, nn.Module):
         model = unwrap(model)

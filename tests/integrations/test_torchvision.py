@@ -11,7 +11,8 @@ from torchvision.models import detection
 from fgd_hooks import Distiller
 from fgd_hooks.diagnostics.doctor import diagnose
 from fgd_hooks.errors import PairingError, TapError, TeacherError
-from fgd_hooks.integrations.torchvision import TorchvisionDistiller, renormalise
+from fgd_hooks.initialization.initialize import initialize
+from fgd_hooks.integrations.torchvision import TorchvisionDistiller, detector_parts, renormalise
 from fgd_hooks.masks import PackedBoxes, box_masks
 from tests.helpers.tiny_detectors import FAMILIES, SSDBody, build, rectangles
 
@@ -425,3 +426,31 @@ def test_torchvisions_own_models_pair_and_step(student, teacher, strides):
         distilled = distiller()
         (sum(losses.values()) + distilled.loss).backward()
         assert distilled.loss > 0
+
+
+def with_statistics(model: nn.Module) -> nn.Module:
+    """As if its backbone had been trained: the batch normalisations have seen something."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.1, 0.1)
+    return model
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if not family.startswith("ssd")])
+def test_neck_and_head_behind_a_trained_backbone_are_fitted_to_the_teachers(family):
+    student, teacher = with_statistics(build(family)), with_statistics(build(family, WIDE, seed=1))
+    for parameter in teacher.rpn.parameters() if hasattr(teacher, "rpn") else teacher.head.parameters():
+        nn.init.uniform_(parameter, -0.3, 0.3)  # not so small that what it predicts is one number
+    parts = detector_parts(student)
+    assert parts["neck"] == ["backbone.fpn"]
+    assert "backbone" not in " ".join(parts["head"])
+    before = copy.deepcopy(student.state_dict())
+    images = [torch.rand(3, 96, 128) for _ in range(4)]
+    report = initialize(student, teacher=teacher, parts=parts, images=images)
+    assert report is not None
+    assert {name for name in report.fitted if name.startswith("backbone.fpn.")}
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, before[name]) or not name.startswith("backbone.body."), name
+    if family == "retinanet":  # its head runs on every level
+        assert "head.classification_head.cls_logits" in report.fitted
+        assert initialize(student, teacher=teacher, parts=parts, images=images) is None, "now they have weights"
