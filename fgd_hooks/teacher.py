@@ -267,7 +267,7 @@ def doubts(student: nn.Module, teacher: nn.Module) -> dict[str, tuple[str, str]]
         said = f"The teacher is smaller than the student ({theirs:,} and {mine:,} parameters); were the two swapped?"
         found["smaller"] = said, "Distil from the larger model into the smaller one."
     if is_untrained(teacher):
-        said = "The teacher was never trained: its batch normalisations have seen no image. It teaches nothing."
+        said = "The teacher was never trained: it has the weights that it was built with. It teaches nothing."
         found["untrained"] = said, "Load its weights."
     if theirs and _shared_numbers(own, teacher) > SAME * theirs:
         said = "Teacher and student hold the same weights: there is nothing to learn."
