@@ -6,6 +6,8 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fgd_hooks.config import FGDConfig
 from fgd_hooks.integrations.ultralytics.compat import images_counted
 from fgd_hooks.integrations.ultralytics.monitor import RunMonitor
@@ -78,14 +80,21 @@ def keep_columns(trainer: Any) -> None:
     """
     if not (trainer.resume and trainer.csv.is_file()):
         return
-    rows = [line.split(",") for line in trainer.csv.read_text(encoding="utf-8").splitlines() if line]
-    columns = [name.strip() for name in rows[0]]
-    place = 1 + max((number for number, name in enumerate(columns) if name.startswith("train/")), default=1)
-    new = [name for name in trainer.label_loss_items(trainer.tloss) if name not in columns]
-    if new:
-        zeros = ["0"] * len(new)
-        rows = [[*row[:place], *(zeros if number else new), *row[place:]] for number, row in enumerate(rows)]
-        write_whole(trainer.csv, "".join(",".join(row) + "\n" for row in rows).encode())
-        columns[place:place] = new
+    before = trainer.csv.read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split(",")] for line in before.splitlines() if line]
+    columns = rows[0]
+    for prefix in ("train/", "val/"):  # the validator has each loss of a training batch as well
+        place = 1 + max((number for number, name in enumerate(columns) if name.startswith(prefix)), default=1)
+        new = [name for name in (f"{prefix}{loss}" for loss in trainer.loss_items) if name not in columns]
+        for row in rows:
+            row[place:place] = new if row is columns else ["0"] * len(new)
+    after = "".join(",".join(row) + "\n" for row in rows)
+    if len(after.partition("\n")[0]) > len(before.partition("\n")[0]):
+        write_whole(trainer.csv, after.encode())
     losses = [name.removeprefix("train/") for name in columns if name.startswith("train/")]
-    trainer.tloss = {name: trainer.tloss.get(name, 0.0) for name in losses}
+    zero = torch.zeros_like(next(iter(trainer.loss_items.values())))
+    trainer.tloss = {name: trainer.tloss.get(name, zero) for name in losses}
+    trainer.loss_items = {name: trainer.loss_items.get(name, zero) for name in losses}
+    if trainer.metrics:  # of an epoch that is not validated
+        shown = [name for name in columns if name.startswith(("metrics/", "val/"))]
+        trainer.metrics = {name: trainer.metrics.get(name, 0.0) for name in shown}

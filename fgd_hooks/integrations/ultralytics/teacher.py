@@ -40,8 +40,6 @@ def load_teacher(teacher: str | Path | nn.Module | Any) -> nn.Module:
     else:
         name = type(teacher).__name__
         module = getattr(teacher, "model", None) if hasattr(teacher, "add_callback") else teacher
-        if module is not teacher and isinstance(module, nn.Module) and is_untrained(module):
-            raise TeacherError(f"The teacher, a {name} object, {NO_WEIGHTS}")
     if not isinstance(module, nn.Module):
         expected = "a weights file, a YOLO object with weights, or an nn.Module"
         raise TeacherError(f"The teacher is a {name}; expected {expected}.")
@@ -49,6 +47,8 @@ def load_teacher(teacher: str | Path | nn.Module | Any) -> nn.Module:
     if task is not None and task not in TASKS:
         expected = f"a detector with a neck ({', '.join(TASKS)})"
         raise TeacherError(f"The teacher {name} is a model for the task {task!r}; FGD needs {expected}.")
+    if hasattr(teacher, "add_callback") and is_untrained(module):
+        raise TeacherError(f"The teacher, a {name} object, {NO_WEIGHTS}")
     return module
 
 

@@ -113,36 +113,45 @@ def test_adapters_step_after_any_optimizer(wrap):
 
 
 @pytest.mark.parametrize(
-    ("before", "losses", "header", "rows"),
+    ("before", "losses", "after", "row"),
     [
         # distilled first, then without: zeros
-        ("epoch,time,train/box,train/fgd_fg,lr/pg0\n1,2,3,4,5\n", {"box": 6.0}, None, ["6.0", "0.0"]),
-        # the other way round: the rows that are there get a column
         (
-            "epoch,time,train/box,lr/pg0\n1,2,3,5\n",
+            "epoch,train/box,train/fgd_fg,val/box,val/fgd_fg,lr/pg0\n1,2,3,4,0,5\n",
+            {"box": 6.0},
+            "epoch,train/box,train/fgd_fg,val/box,val/fgd_fg,lr/pg0\n1,2,3,4,0,5\n",
+            [6.0, 0.0],
+        ),
+        # the other way round: the rows that are there get columns
+        (
+            "epoch,train/box,val/box,lr/pg0\n1,2,4,5\n",
             {"box": 6.0, "fgd_fg": 7.0},
-            "epoch,time,train/box,train/fgd_fg,lr/pg0\n1,2,3,0,5\n",
-            ["6.0", "7.0"],
+            "epoch,train/box,train/fgd_fg,val/box,val/fgd_fg,lr/pg0\n1,2,0,4,0,5\n",
+            [6.0, 7.0],
         ),
         # another loss: both
         (
-            "epoch,time,train/box,train/fgd_fg,lr/pg0\n1,2,3,4,5\n",
+            "epoch,train/box,train/fgd_fg,val/box,val/fgd_fg\n1,2,3,4,0\n",
             {"box": 6.0, "fgd_cwd": 7.0},
-            "epoch,time,train/box,train/fgd_fg,train/fgd_cwd,lr/pg0\n1,2,3,4,0,5\n",
-            ["6.0", "0.0", "7.0"],
+            "epoch,train/box,train/fgd_fg,train/fgd_cwd,val/box,val/fgd_fg,val/fgd_cwd\n1,2,3,0,4,0,0\n",
+            [6.0, 0.0, 7.0],
         ),
     ],
 )
-def test_the_log_of_a_resumed_training_keeps_one_width(tmp_path, before, losses, header, rows):
+def test_the_log_of_a_resumed_training_keeps_one_width(tmp_path, before, losses, after, row):
     file = tmp_path / "results.csv"
     file.write_text(before)
-    trainer = SimpleNamespace(csv=file, resume=True, tloss=dict(losses))
-    trainer.label_loss_items = lambda items: {f"train/{name}": value for name, value in items.items()}
+    items = {name: torch.tensor(value) for name, value in losses.items()}
+    trainer = SimpleNamespace(csv=file, resume=True, tloss=items, loss_items=items, metrics={"val/box": 1.0})
     keep_columns(trainer)
-    assert file.read_text() == (header or before)
-    assert [str(value) for value in trainer.tloss.values()] == rows
-    columns = file.read_text().partition("\n")[0].split(",")
-    assert [f"train/{name}" for name in trainer.tloss] == [name for name in columns if name.startswith("train/")]
+    assert file.read_text() == after
+    columns = after.partition("\n")[0].split(",")
+    for found in (trainer.tloss, trainer.loss_items):
+        assert [float(value) for value in found.values()] == row
+        assert [f"train/{name}" for name in found] == [name for name in columns if name.startswith("train/")]
+    assert list(trainer.metrics) == [name for name in columns if name.startswith("val/")]
+    keep_columns(trainer)
+    assert file.read_text() == after, "once more changes nothing"
 
 
 def test_the_log_of_a_new_training_is_left_alone(tmp_path):
