@@ -201,10 +201,10 @@ def _fitted(line: list[str], names: list[str]) -> list[str]:
     if len(line) == len(names) - sum(ours):
         cells = iter(line)
         return ["0" if own else next(cells) for own in ours]
-    more, odd = divmod(len(line) - len(names), 2)
-    if more > 0 and not odd and not any(ours):
+    more = len(line) - len(names) - 1  # of train/: the sum and the parts of the distillation; of val/ the sum alone
+    if more > 0 and not any(ours):
         ends = [max(n for n, name in enumerate(names, 1) if name.startswith(part)) for part in ("train/", "val/")]
-        return line[: ends[0]] + line[ends[0] + more : ends[1] + more] + line[ends[1] + 2 * more :]
+        return line[: ends[0]] + line[ends[0] + more : ends[1] + more] + line[ends[1] + more + 1 :]
     return line
 
 

@@ -330,7 +330,7 @@ def host(train, teacher_file, monkeypatch):
         seen = []
 
         def look(trainer):
-            parts = {key: float(value) for key, value in trainer.loss_items.items()}
+            parts = {key: float(value) for key, value in {**trainer.loss_items, **trainer.loss_items.parts}.items()}
             seen.append((parts, callback.distiller(trainer).balance.ratios.tolist()))
 
         monkeypatch.setattr(engine, "attempt_compile", lambda model, device, mode: compile_model(model))

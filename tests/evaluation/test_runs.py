@@ -39,10 +39,8 @@ def test_a_run_that_was_resumed_without_or_with_distillation_is_read(tmp_path, b
     folder = make_run(tmp_path / "a", [0.1, 0.3])
     own = "epoch,time,train/box_loss,{}metrics/mAP50(B),metrics/mAP50-95(B),val/box_loss,{}lr/pg0"
     rows = ["1,60,2.0,{}0.2,0.1,3.0,{}0.01", "2,120,2.0,{}0.6,0.3,3.0,{}0.02"]
-    header = (
-        own.format("train/fgd_fg,train/fgd_bg,", "val/fgd_fg,val/fgd_bg,") if begun == "with" else own.format("", "")
-    )
-    wide, narrow = ("7,8,", "0,0,"), ("", "")
+    header = own.format(*(("train/fgd,train/fgd_fg,", "val/fgd,") if begun == "with" else ("", "")))
+    wide, narrow = ("7,8,", "0,"), ("", "")
     cells = [wide, narrow] if begun == "with" else [narrow, wide]
     lines = [row.format(*each) for row, each in zip(rows, cells, strict=True)]
     (folder / "results.csv").write_text("\n".join([header, *lines]) + "\n")

@@ -78,6 +78,18 @@ class AfterStep:
             self.optimizer.step = self.before
 
 
+class LossItems(dict[str, Any]):
+    """The named items of a step's loss: the host's and ``fgd``, the sum of the parts, which are found by name as well.
+
+    The progress bar has a column for each item, and no room for all parts.
+    """
+
+    parts: dict[str, Tensor]
+
+    def __missing__(self, name: str) -> Tensor:
+        return self.parts[name]
+
+
 class TrainingSession:
     """One training: the distiller, its optimizer, and the hooks on model and optimizer.
 
@@ -93,6 +105,8 @@ class TrainingSession:
         self.task_loss: Tensor | None = None
         self.taught = False  # since the last step of the optimizer
         self.gradient_norm = 0.0
+        self.batches = 0  # of this epoch
+        self.means: dict[str, Any] = {}  # of the loss's parts over them
         self.ema_model = trainer.ema.ema if trainer.ema else None
         self.handles: list[Any] = []
         self.monitor: TrainingMonitor | None = None  # on the first rank
@@ -193,8 +207,14 @@ class TrainingSession:
             self.distilled = distilled  # a step that rests goes on showing the last one's parts
         # a YOLO loss is the sum over the images of a batch, its items are per image
         extra = (loss * count).view(1).to(task.dtype)
-        named = {f"fgd_{_SHORT.get(part, part)}": value for part, value in self.distilled.parts.items()}
-        return torch.cat([task.view(-1), extra]), {**items, **named}
+        shown = LossItems(items)
+        shown.parts = {f"fgd_{_SHORT.get(part, part)}": value for part, value in self.distilled.parts.items()}
+        shown["fgd"] = torch.stack(list(shown.parts.values())).sum()
+        done = self.batches = self.batches + 1
+        self.means = {
+            part: self.means.get(part, 0) * (1 - 1 / done) + value / done for part, value in shown.parts.items()
+        }
+        return torch.cat([task.view(-1), extra]), shown
 
     def boxes_of(self, batch: Mapping[str, Tensor]) -> PackedBoxes:
         """The pixel boxes of a batch, from its labels or its masks as the configuration says."""
@@ -241,6 +261,7 @@ class TrainingSession:
         self.distiller.taps.clear()
         self.distiller.balance.forget()
         self.batch = self.task_loss = None
+        self.batches, self.means = 0, {}
         if self.monitor is not None:
             self.monitor.seen = None
         self._drop_stale_gradients()
@@ -263,6 +284,9 @@ class TrainingSession:
     def on_train_epoch_end(self) -> None:
         """Take in a measurement that the epoch's last step began; all ranks come here, before one of them saves."""
         self.distiller.balance.close()
+        trainer: Any = self.trainer
+        if trainer.tloss is not None:  # results.csv has the parts, for which the progress bar has no room
+            trainer.tloss = {**trainer.tloss, **self.means}
         if self.monitor is not None:
             keep_columns(self.trainer)
             self.monitor.end_training_epoch()
