@@ -202,7 +202,8 @@ def test_train_resume_and_eval_of_a_real_run(teacher_file, student_yaml, data, t
     assert "finished, so there is nothing to resume" in fails(capsys, "train", f"model={run}", "resume=True")
     last = run / "weights" / "last.pt"
     assert last.with_suffix(".fgd.safetensors").is_file()
-    header = (run / "results.csv").read_text().splitlines()[0]
+    header, *epochs = (run / "results.csv").read_text().splitlines()
+    assert [line.count(",") for line in epochs] == [header.count(",")] * 2
     assert "train/fgd_fg" in header
     capsys.readouterr()
     assert main(["eval", f"model={run}", f"data={data}", "imgsz=64", "--json", "metrics.json"]) == 0

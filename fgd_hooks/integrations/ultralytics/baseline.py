@@ -83,18 +83,22 @@ def keep_columns(trainer: Any) -> None:
     before = trainer.csv.read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.split(",")] for line in before.splitlines() if line]
     columns = rows[0]
-    for prefix in ("train/", "val/"):  # the validator has each loss of a training batch as well
+    zero = torch.zeros_like(next(iter(trainer.loss_items.values())))
+    kept = []
+    for prefix, losses in (
+        ("train/", trainer.tloss),
+        ("val/", trainer.loss_items),
+    ):  # the validator has the bar's losses
         place = 1 + max((number for number, name in enumerate(columns) if name.startswith(prefix)), default=1)
-        new = [name for name in (f"{prefix}{loss}" for loss in trainer.loss_items) if name not in columns]
+        new = [name for name in (f"{prefix}{loss}" for loss in losses) if name not in columns]
         for row in rows:
             row[place:place] = new if row is columns else ["0"] * len(new)
+        names = [name.removeprefix(prefix) for name in columns if name.startswith(prefix)]
+        kept.append({name: losses.get(name, zero) for name in names})
     after = "".join(",".join(row) + "\n" for row in rows)
     if len(after.partition("\n")[0]) > len(before.partition("\n")[0]):
         write_whole(trainer.csv, after.encode())
-    losses = [name.removeprefix("train/") for name in columns if name.startswith("train/")]
-    zero = torch.zeros_like(next(iter(trainer.loss_items.values())))
-    trainer.tloss = {name: trainer.tloss.get(name, zero) for name in losses}
-    trainer.loss_items = {name: trainer.loss_items.get(name, zero) for name in losses}
+    trainer.tloss, trainer.loss_items = kept
     if trainer.metrics:  # of an epoch that is not validated
         shown = [name for name in columns if name.startswith(("metrics/", "val/"))]
         trainer.metrics = {name: trainer.metrics.get(name, 0.0) for name in shown}
