@@ -84,6 +84,19 @@ def rf_detr() -> nn.Module:
     )
 
 
+def mask2former() -> nn.Module:
+    import transformers as hf
+
+    body = hf.SwinConfig(
+        embed_dim=12, depths=[1] * 4, num_heads=[1, 1, 2, 2], out_features=[f"stage{number}" for number in range(1, 5)]
+    )
+    widths = dict.fromkeys(
+        ("feature_size", "mask_feature_size", "hidden_dim", "dim_feedforward", "encoder_feedforward_dim"), 32
+    )
+    settings = {"encoder_layers": 1, "decoder_layers": 3, "num_attention_heads": 4}
+    return hf.Mask2FormerForUniversalSegmentation(hf.Mask2FormerConfig(backbone_config=body, **widths, **settings))
+
+
 def hugging(kind: str, suffix: str, **settings: Any) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         import transformers as hf
@@ -212,6 +225,27 @@ ZOO = (
     ),
     Entry(
         "transformers",
+        "LW-DETR of two scales",
+        hugging("LwDetr", "ForObjectDetection", projector_scale_factors=[2.0, 0.5]),
+        pyramid(256, 8, 32),
+        "model.backbone.projector",
+    ),
+    Entry(
+        "transformers",
+        "Table Transformer",
+        lambda: detr("TableTransformer", 4, d_model=32),
+        pyramid(32, 32),
+        "model.enc",
+    ),
+    Entry(
+        "transformers",
+        "Mask2Former",
+        mask2former,
+        pyramid(32, 4, 8, 16, 32),  # the mask features, and the three maps that the decoder's layers look at in turn
+        "model.pixel_level_module.decoder",
+    ),
+    Entry(
+        "transformers",
         "YOLOS",
         hugging("Yolos", "ForObjectDetection", **ONE, intermediate_size=64, image_size=[256, 384]),
         pyramid(48, 16),
@@ -246,6 +280,7 @@ ZOO = (
         pyramid((192, 384), 8, 16),
         "",
     ),
+    Entry("transformers", "VitDet backbone", hugging("VitDet", "Backbone", **ONE), pyramid(48, 16), ""),
     Entry("transformers", "DINOv2 backbone", hugging("Dinov2", "Backbone", **ONE), pyramid(48, 14), ""),
     Entry(
         "torchvision",
@@ -260,6 +295,23 @@ ZOO = (
         named("torchvision:fasterrcnn_mobilenet_v3_large_fpn"),
         pyramid(256, 32, 32, 64),  # two layers of stride 32, and LastLevelMaxPool
         "backbone.fpn",
+    ),
+    Entry(
+        "torchvision", "FCOS", named("torchvision:fcos_resnet50_fpn"), pyramid(256, 8, 16, 32, 64, 128), "backbone.fpn"
+    ),
+    Entry(
+        "torchvision",
+        "Mask R-CNN",
+        named("torchvision:maskrcnn_resnet50_fpn"),
+        pyramid(256, 4, 8, 16, 32, 64),
+        "backbone.fpn",
+    ),
+    Entry(
+        "timm",
+        "efficientnet_b0",
+        named("timm:efficientnet_b0"),
+        pyramid((16, 24, 40, 112, 320), 2, 4, 8, 16, 32),
+        "",
     ),
     Entry("timm", "resnet18", named("timm:resnet18"), pyramid((64, 64, 128, 256, 512), 2, 4, 8, 16, 32), ""),
     Entry("timm", "convnext_atto", named("timm:convnext_atto"), pyramid((40, 80, 160, 320), 4, 8, 16, 32), ""),
@@ -295,6 +347,7 @@ ZOO = (
             ("ATSS R50", "atss/atss_r50_fpn_1x_coco.py", pyramid(256, 8, 16, 32, 64, 128)),
             ("YOLOX-tiny", "yolox/yolox_tiny_8xb8-300e_coco.py", pyramid(96, 8, 16, 32)),
             ("RTMDet-tiny", "rtmdet/rtmdet_tiny_8xb32-300e_coco.py", pyramid(96, 8, 16, 32)),
+            ("YOLOv3 D53", "yolo/yolov3_d53_8xb8-320-273e_coco.py", pyramid((128, 256, 512), 8, 16, 32)),
             ("YOLOF R50", "yolof/yolof_r50-c5_8xb8-1x_coco.py", pyramid(512, 32)),
         )
     ),
