@@ -7,7 +7,7 @@
 For each pair, student and teacher are built with random weights (batch normalisations get statistics first), and the
 student learns from the distillation alone on one fixed batch. A pair works if its levels pair, a gradient reaches every
 tapped map of the student and none the teacher, the loss falls, and afterwards both models have the hooks and modes they
-had before. results/benchmarks/compatibility.json holds each pair's figures, docs/compatibility.md the matrix.
+had before. results/benchmarks/compatibility.json holds each pair's figures, docs/pairs.md the matrix.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fgd_hooks.integrations.load_model import NamedModel, load_model
 from fgd_hooks.utils.files import write_json
 
 FILE = RESULTS / "compatibility.json"
-PAGE = Path(__file__).parent.parent / "docs" / "compatibility.md"
+PAGE = Path(__file__).parent.parent / "docs" / "pairs.md"
 SIZE, BATCH, STEPS = 128, 2, 20
 FALLS = 0.98  # the loss of the last step against that of the first
 
@@ -254,7 +254,7 @@ def run(students: Sequence[str], teachers: Sequence[str], results: dict[str, Any
 
 
 def page(results: dict[str, Any]) -> str:
-    """docs/compatibility.md."""
+    """docs/pairs.md."""
     pairs = results["pairs"]
     names = [name for name in FAMILIES if f"{name} <- {name}" in pairs]
     counts = {kind: sum(p["result"] == kind for p in pairs.values()) for kind in ("works", "apart", "sizes", "fails")}

@@ -53,7 +53,7 @@ OTHERS = """\
 - [RetinaNet, FCOS and Faster R-CNN on BCCD](detectors/README.md), by `trainers/timm_detector.py`
 - [Quickstart](quickstart/report.md), and [the same on another day](quickstart/another-day.csv)
 - `benchmarks/`: what `python -m benchmarks` and `benchmarks.compatibility` measured ([costs](../docs/performance.md),
-  [pairs of models](../docs/compatibility.md))
+  [pairs of models](../docs/pairs.md))
 - `gradients/`: where FGD's gradient comes from, inside a training (`python -m benchmarks.gradients`;
   [what follows](../docs/defaults.md))
 - [teachers.jsonl](teachers.jsonl): `fgd eval` of the studies' teachers on val and on their own training images

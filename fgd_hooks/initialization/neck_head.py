@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fgd_hooks.taps.candidates import Chooser
+from fgd_hooks.taps.chooser import Chooser
 from fgd_hooks.taps.levels import find_levels, probes, tapped
 from fgd_hooks.taps.observation import Observation
 from fgd_hooks.utils.modules import own_tensors, unwrap

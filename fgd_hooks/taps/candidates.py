@@ -1,4 +1,4 @@
-"""Which of the maps seen in a forward pass are the feature levels of a model: those that its head works on."""
+"""Lists of maps, seen in a forward pass, that may be the feature levels of a model."""
 
 from __future__ import annotations
 
@@ -59,11 +59,8 @@ class Candidate:
         return max(self.numbers)
 
 
-RANKS = ("own", "calls", "returned", "given")
-
-
-class Chooser:
-    """Finds the levels in what was observed.
+class Candidates:
+    """All lists of maps in what was observed that may be a model's levels.
 
     Args:
         seen: one forward pass.
@@ -95,8 +92,6 @@ class Chooser:
     def width(self, leaf: Leaf) -> int:
         """The channels of a feature map."""
         return leaf.shape[1] if covers(leaf.shape[2:], self.canvas) else leaf.shape[3]
-
-    # What is there
 
     def lists(self, tree: Tree | None, path: Path = (), *, join: bool = True) -> list[list[tuple[Path, Leaf]]]:
         """The maps in a container, as lists; a container inside that holds maps of several sizes is one of its own.
@@ -198,13 +193,38 @@ class Chooser:
             if not call.weighted or within or call.start < branches[0].start or call.end == -1:
                 continue
             given = [leaf.number for _, _, tree in call.inputs for _, leaf in leaves(tree)]
-            of = [
-                any(one == each or self.seen.depends(one, each) for one in given for each in numbers)
-                for numbers in results
-            ]
-            if not given or sum(of) > 1:
+            if not given or sum(self._any_of(given, numbers) for numbers in results) > 1:
                 return True
         return False
+
+    def _any_of(self, later: Iterable[int], earlier: Sequence[int]) -> bool:
+        """Whether some tensors are, or are made of, some others."""
+        return any(one == each or self.seen.depends(one, each) for one in later for each in earlier)
+
+    def last_calls(self) -> Candidate | None:
+        """What the last modules take, each a map of its own: heads that have no more in common than that."""
+        if not self.seen.traced:
+            return None
+        weighted = [each for each in self.seen.calls if each.module and each.weighted]
+        last: list[ModuleCall] = []
+        for call in weighted:
+            results = [leaf.number for _, leaf in leaves(call.output)]
+            if len(call.direct) != 1 or len(call.inputs) != 1 or not self.size(call.direct[0][2]) or not results:
+                continue
+            later = [each for each in weighted if each.start > call.end]
+            given = [leaf.number for each in later for _, _, tree in each.inputs for _, leaf in leaves(tree)]
+            within = any(each in last for each in self.seen.around(call))
+            if not within and not self._any_of(given, results):
+                last.append(call)
+        places = list({place.number: place for place in (Place(each, *each.direct[0]) for each in last)}.values())
+        found = Candidate("calls", places, calls=[place.call for place in places])
+        several = len({self.size(place.leaf) for place in places}) > 1
+        return found if several and not self._chained(places) and self.makes_all(found) else None
+
+    def _is_narrow(self, each: Candidate) -> bool:
+        """Whether all maps have one width that predictions have, and features seldom."""
+        widths = {self.width(place.leaf) for place in each.places}
+        return len(widths) == 1 and bool(min(widths) % 16)
 
     def _goes_on(self, call: ModuleCall) -> bool:
         """Whether something is made of what a call returned, or the model returns it."""
@@ -223,21 +243,6 @@ class Chooser:
             for start, result in results
             if start != place.call.start
         )
-
-    # What is right
-
-    def continues(self, later: Candidate, earlier: Candidate) -> bool:
-        """Whether each map of a candidate is made of one map of another alone: a head, and no neck, lies between."""
-        if not self.seen.traced or later.numbers & earlier.numbers:
-            return False
-        for place in later.places:
-            sources = [each for each in earlier.places if self.seen.depends(place.number, each.number)]
-            own = [each for each in sources if self.size(each.leaf) == self.size(place.leaf)]
-            if not own or not any(
-                all(each is one or self.seen.depends(one.number, each.number) for each in sources) for one in own
-            ):
-                return False
-        return True
 
     def makes_all(self, candidate: Candidate) -> bool:
         """Whether all that the model returns is made of these maps, or these of it."""
@@ -270,110 +275,6 @@ class Chooser:
                     places = [Place(call, "output", path, leaf) for path, leaf in maps]
                     found.append(Candidate("own", places, used and self.seen.traced))
         return found + list(self.per_level())
-
-    def best(self) -> Candidate | None:
-        """The maps that the head works on: of several sizes; of one where there is no other, or only one is used."""
-        found = self.all()
-        several = self._latest([each for each in found if len({self.size(p.leaf) for p in each.places}) > 1])
-        single = self._latest([each for each in found if len({self.size(p.leaf) for p in each.places}) == 1])
-        single = max(filter(None, (single, self.branching())), key=lambda each: each.birth, default=None)
-        if several is None or single is None:
-            return several or single
-        later = single.birth > several.birth and len(single.places) == 1 and single.kind not in ("own", "calls")
-        return single if later and single.strong and self.seen.traced and self.makes_all(single) else several
-
-    def _latest(self, found: list[Candidate]) -> Candidate | None:
-        strong = [each for each in found if each.strong]
-        kept = [
-            each for each in found if not self._is_of_a_head(each, [other for other in strong if other is not each])
-        ]
-        whole = [each for each in kept if self.makes_all(each)]
-        if any(map(self._mixed, whole)) or not any(map(self._mixed, kept)):  # else a neck, and heads on the backbone
-            kept = whole or kept
-        if not kept:
-            return None
-        own = [each for each in kept if each.kind != "own"]
-        if not self.seen.traced and own:
-            kept = own  # what a model returns may be its predictions
-        latest = max(each.birth for each in kept)
-        kept = [each for each in kept if each.birth == latest]
-        most = max(len(each.numbers) for each in kept)
-        kept = [each for each in kept if len(each.numbers) == most]
-        rank = max(RANKS.index(each.kind) for each in kept)
-        kept = [each for each in kept if RANKS.index(each.kind) == rank]
-        return self._outermost(kept)
-
-    def _is_of_a_head(self, each: Candidate, others: Sequence[Candidate]) -> bool:
-        """Whether maps look like what a head makes of levels, among which are ``others``, and not like levels."""
-        sizes, widths = [self.size(p.leaf) for p in each.places], [self.width(p.leaf) for p in each.places]
-        if each.kind == "own" and not each.strong and len(set(sizes)) == 1:
-            alike = {(self.size(p.leaf), self.width(p.leaf)) for other in others for p in other.places}
-            apart = bool(others) and not set(zip(sizes, widths, strict=True)) <= alike
-            return apart or self.canvas in sizes or any(width % 16 for width in widths)
-        if each.kind == "own":
-            if others and (self._is_one_result_of_many(each) or (len(set(widths)) == 1 and widths[0] % 16)):
-                return True
-            return any(self.continues(each, other) and self._predicts(each, other) for other in others)
-        if not each.strong:
-            made = any(self.continues(each, other) for other in others)
-            return made or not self.seen.traced or (bool(others) and self._is_one_result_of_many(each))
-        if each.kind == "calls":
-            shared = [other for other in others if other.shared]
-            return any(
-                self.continues(each, other)
-                and (self._mixed(other) or self._inside(each, other) or self._head_begins(other, each, shared))
-                for other in others
-                if other.kind != "calls" or other.shared
-            )
-        return False
-
-    def _is_one_result_of_many(self, each: Candidate) -> bool:
-        """Whether other things are returned beside these maps, of which none of them is made."""
-        beside = self.seen.outputs if each.call is None else [leaf.number for _, leaf in leaves(each.call.output)]
-        beside = [number for number in beside if number in self.seen.flow.bits and number not in each.numbers]
-        return any(not any(self.seen.depends(mine, number) for mine in each.numbers) for number in beside)
-
-    def _outermost(self, kept: list[Candidate]) -> Candidate:
-        """Of candidates with the same maps the last, or the call around it that has them, too."""
-        last = kept[-1] if kept[-1].kind != "returned" else kept[0]
-        if last.call is None:
-            return last
-        around = {call.start for call in self.seen.around(last.call)}
-        outer = [each for each in kept if each.call is not None and each.call.start in around]
-        return outer[0] if outer else last
-
-    def _inside(self, calls: Candidate, given: Candidate) -> bool:
-        """Whether calls were made inside the module that was given a list."""
-        if given.kind != "given" or given.call is None:
-            return False
-        start = given.call.start
-        return all(any(outer.start == start for outer in self.seen.around(call)) for call in calls.calls)
-
-    def _head_begins(self, levels: Candidate, later: Candidate, shared: Sequence[Candidate]) -> bool:
-        """Whether one module was called with each of these levels before: a head that all of them share."""
-        return any(
-            each is not later and each.numbers >= levels.numbers and self.continues(later, each) for each in shared
-        )
-
-    def _mixed(self, levels: Candidate) -> bool:
-        """Whether the finest of a list of levels is made of coarser maps, too: a neck's, and what follows is a head."""
-        if levels.kind == "calls":
-            return False
-        finest = max(levels.places, key=lambda place: self.size(place.leaf) or (0, 0))
-        size = self.size(finest.leaf) or (0, 0)
-        return any(each < size and self.seen.depends(finest.number, number) for number, each in self.maps.items())
-
-    def _predicts(self, own: Candidate, levels: Candidate) -> bool:
-        """Whether what a model returns, made of levels one by one, looks like predictions and not like features."""
-        ours = [self.width(place.leaf) for place in own.places]
-        if self._is_one_result_of_many(own):
-            return True
-        if len({self.size(place.leaf) for place in own.places}) < len(ours):
-            return True
-        same = {self.size(place.leaf): self.width(place.leaf) for place in levels.places}
-        if all(same.get(self.size(place.leaf)) == self.width(place.leaf) for place in own.places):
-            return False
-        return len(set(ours)) == 1 and ours[0] % 16 != 0
 
 
 def _numbered(name: str) -> list[str]:

@@ -10,9 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from fgd_hooks.errors import LayoutError, PairingError, TapError
-from fgd_hooks.taps.candidates import Candidate, Chooser, Place
+from fgd_hooks.taps.candidates import Candidate, Place
 from fgd_hooks.taps.canvas import Size, stride_of
+from fgd_hooks.taps.chooser import Chooser
 from fgd_hooks.taps.hooks import FeatureTaps, run_until_tapped
+from fgd_hooks.taps.layout import MOST_PREFIXES, Layout
 from fgd_hooks.taps.observation import Leaf, ModuleCall, Observation, Path, Tree, leaves
 from fgd_hooks.taps.probe import PROBE_SIZE, fixed_size, probe_input, probes
 from fgd_hooks.taps.tap import Tap, expand_taps
@@ -22,6 +24,10 @@ from fgd_hooks.utils.preserve import preserve
 
 BEFORE_ENCODER = "before-encoder"
 """In place of taps: the maps that a detector's encoder of tokens takes, instead of those that it returns."""
+
+
+TOKENS = (16, 14, 32, 8, 12, 4)
+"""Pixels of a token's side that are common, the commonest first; for messages."""
 
 
 @dataclass(frozen=True)
@@ -183,17 +189,32 @@ def _token_level(tap: Tap, leaf: Leaf, canvas: Size) -> Level:
 
 
 def _fitting(seen: Observation) -> str:
-    """Taps that would do: for each stride the last module that returns a map which covers the images."""
+    """Taps that would do: for each stride the last module that returns a map which covers the images, or its tokens."""
     chooser = Chooser(seen)
     last: dict[int, tuple[str, int]] = {}
     for call in sorted(seen.calls, key=lambda each: each.end):
-        if call.module and isinstance(call.output, Leaf) and (size := chooser.size(call.output)):
+        if not call.module or not isinstance(call.output, Leaf):
+            continue
+        if size := chooser.size(call.output):
             last[stride_of(size, seen.canvas)] = (call.module, chooser.width(call.output))
+        elif layout := _likely_layout(call.output, seen):
+            last[layout.cell or 1] = (f"{call.module}@{layout}", call.output.shape[2])
     if not last:
         return "['neck.p3', 'neck.p4', 'neck.p5']"
     taps = [(stride, *last[stride]) for stride in sorted(last)][-4:]
     listed = ", ".join(f"{name} (stride {stride}, {width} channels)" for stride, name, width in taps)
     return f"{[name for _, name, _ in taps[-3:]]}; maps that cover the images come last from {listed}"
+
+
+def _likely_layout(leaf: Leaf, seen: Observation) -> Layout | None:
+    """The layout of tokens (N, L, C) of which a few at most have no place, as vision transformers have them."""
+    if len(leaf.shape) != 3 or leaf.shape[0] != seen.count or not seen.of_images(leaf.number):
+        return None
+    for cell in TOKENS:
+        before = leaf.shape[1] - (seen.canvas[0] // cell) * (seen.canvas[1] // cell)
+        if 0 <= before <= MOST_PREFIXES:
+            return Layout(cell, before)
+    return None
 
 
 # Levels that are named

@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from fgd_hooks.errors import LayoutError
-from fgd_hooks.taps.candidates import Chooser, Place
+from fgd_hooks.taps.candidates import Place
 from fgd_hooks.taps.canvas import Size, stride_of
+from fgd_hooks.taps.chooser import Chooser
 from fgd_hooks.taps.layout import Layout, infer_layout
 from fgd_hooks.taps.observation import Leaf, ModuleCall, Observation, leaves
 from fgd_hooks.taps.tap import Tap

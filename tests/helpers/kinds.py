@@ -174,6 +174,25 @@ class OneFused(nn.Module):
         return torch.cat([self.head(fused), self.head_of_sizes(fused)], 1)
 
 
+class LossInside(Detector):
+    """What the head returns goes into a module that has parameters: a loss, or a decoder of boxes."""
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, classes, boxes):
+            return sum(each.mean() for each in [*classes, *boxes]) * self.weight
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = self.Loss()
+
+    def forward(self, images):
+        return self.more(*self.head(self.neck(self.backbone(images))))
+
+
 class Record(Detector):
     """Returns everything that it has: the backbone's maps, the neck's, masks of queries and their classes."""
 
@@ -264,6 +283,24 @@ class Inline(nn.Module):
         p3 = self.lateral3(c3) + up(p4, scale_factor=2)
         maps = self.smooth3(p3), self.smooth4(p4), self.smooth5(p5)
         return [self.head.single(each) for each in maps]
+
+
+class HeadsByName(Inline):
+    """No neck module, and for each level a head of its own name; predictions in five dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = None
+        self.head_s, self.head_m, self.head_l = (nn.Conv2d(WIDTH, 9, 1) for _ in range(3))
+        self.smooth3, self.smoother, self.coarsest = self.smooth3, self.smooth4, self.smooth5
+        del self.smooth4, self.smooth5
+
+    def forward(self, images):
+        c3, c4, c5 = self.backbone(images)
+        p5 = self.coarsest(self.lateral5(c5))
+        p4 = self.smoother(self.lateral4(c4) + nn.functional.interpolate(p5, scale_factor=2))
+        p3 = self.smooth3(self.lateral3(c3) + nn.functional.interpolate(p4, scale_factor=2))
+        return [head(x)[:, None] for head, x in ((self.head_s, p3), (self.head_m, p4), (self.head_l, p5))]
 
 
 class ListOfOne(nn.Module):

@@ -49,6 +49,8 @@ NECK = three("neck[0]", "neck[1]", "neck[2]")
         (kinds.StageByStage, NECK),
         (kinds.HeadsOnTheBackbone, HEAD),
         (kinds.Record, NECK),
+        (kinds.LossInside, HEAD),
+        (kinds.HeadsByName, three("smooth3", "smoother", "coarsest")),
         (kinds.OneFused, [(8, WIDTH, "fuse")]),
         (kinds.ListOfOne, [(32, WIDTH, "projector[0]")]),
     ],
@@ -146,6 +148,23 @@ def test_one_map_without_a_container_is_named_in_the_error():
     assert found(Single()) == [(8, WIDTH, "neck[0]")]  # the head works on this level alone
     with pytest.raises(TapError, match=r"stem \(stride 8, 8 channels\)"):
         find_levels(Plain())
+
+
+def test_tokens_are_named_in_the_error():
+    class Tokens(nn.Module):
+        """A vision transformer that does not say how many of its tokens have no place."""
+
+        def __init__(self):
+            super().__init__()
+            self.patch, self.layer, self.head = nn.Conv2d(3, 16, 16, 16), nn.Linear(16, 16), nn.Linear(16, 5)
+
+        def forward(self, images):
+            tokens = self.patch(images).flatten(2).transpose(1, 2)
+            return self.head(self.layer(torch.cat([tokens.mean(1, keepdim=True), tokens], 1))[:, 0])
+
+    with pytest.raises(TapError, match=r"'layer@16\+1'"):
+        find_levels(Tokens())
+    assert found(Tokens(), ["layer@16+1"]) == [(16, 16, "layer@16+1")]
 
 
 def test_tokens_of_an_encoder_are_levels_and_queries_are_none():
