@@ -18,7 +18,7 @@ Each row was run by `tests/zoo`: the model was built small or with random weight
 any tap being named and compared with those that reading its code gives, and the probe left it bit-equal. "Trains"
 means that a pair of such models was then distilled for three steps, that the neck (or the named part) got a gradient,
 that the teacher stayed bit-equal and that no hook was left. "Levels only" means that the levels are right and that
-nobody has trained it here. Accuracy was measured for none of these rows; [results](results/overview.md) has what was.
+nobody has trained it here. Accuracy was measured for none of these rows; [results](../results/README.md) has what was.
 
 | package | model | levels (channels) | first tap | trains | levels only |
 |---|---|---|---|---|---|
