@@ -58,7 +58,8 @@ def test_teachers_named_in_the_configuration(teacher_file, train, tmp_path):
 
 
 def test_several_teachers_from_the_command_line(teacher_file, student_yaml, data, capsys):
-    main(["doctor", f"teacher=[{teacher_file},{teacher_file}]", f"model={student_yaml}", f"data={data}", "imgsz=64"])
+    keys = [f"teacher={teacher_file},{teacher_file}", f"model={student_yaml}", f"data={data}", "imgsz=64"]
+    main(["doctor", "--verbose", *keys])
     out = " ".join(capsys.readouterr().out.split())
     assert out.count("teacher's mAP") == 2 and "P5-teacher2" in out
 
