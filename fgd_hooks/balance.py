@@ -296,10 +296,10 @@ def limit_images(gradient: Tensor, limit: float) -> Tensor:
         (N, C, H, W); images that are not finite, and all where the median is 0, are as they were.
     """
     wide = torch.promote_types(gradient.dtype, torch.float32)  # the squares of float16 overflow
-    norms = torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=wide)
-    factors = (limit * norms.median() / norms).clamp(max=1)
-    factors = torch.where(factors > 0, factors, 1.0)  # not so for NaN
-    return gradient * factors.to(gradient.dtype)[:, None, None, None]
+    norms = torch.linalg.vector_norm(gradient, dim=(1, 2, 3), dtype=wide)
+    excess = (norms / norms.median()).mul_(1 / limit).clamp_(min=1).nan_to_num_(nan=1, posinf=1)
+    limited: Tensor = gradient / excess.to(gradient.dtype)[:, None, None, None]
+    return limited
 
 
 class _Measurement:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import textwrap
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -166,6 +167,12 @@ class Distiller(nn.Module):
             self.clock.epochs = epochs
         self.clock.epoch = epoch
 
+    @property
+    def rests(self) -> bool:
+        """Whether the next call will distil nothing: the weight is 0 then, or it rests between two that distil."""
+        weight, resting = next_step(self.config, dataclasses.replace(self.clock))
+        return weight == 0 or resting or not torch.is_grad_enabled()
+
     def forward(
         self,
         images: Any,
@@ -204,6 +211,7 @@ class Distiller(nn.Module):
                 "(n, 4) tensor per image, empty where it has no object."
             )
         taught, scores = self.teach(images if teacher_inputs is None else teacher_inputs, device)
+        packed = packed.for_maps([(each.shape[2], each.shape[3]) for each in taught])
         self._fit_adapters(features, taught)
         self.balance.to(device)
         measuring = self.balance.next_step()

@@ -9,6 +9,7 @@ boxes or images, and nothing waits for the GPU.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,7 @@ class PackedBoxes:
         canvas: (N, 2) float32, the (h, w) in pixels that boxes of each image are measured against.
         num_images: N.
         relative: (M, 4) float32, ``boxes`` divided by the width and height of their canvas.
+        sizes: the (H, W) of all maps of the step, if they are known: their masks are then made at once.
     """
 
     boxes: Tensor
@@ -45,6 +47,8 @@ class PackedBoxes:
     canvas: Tensor
     num_images: int
     relative: Tensor
+    sizes: Sequence[tuple[int, int]] = ()
+    _painted: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_list(
@@ -109,7 +113,9 @@ class PackedBoxes:
         return cls.from_list(boxes, tuple(images.shape[-2:]) if canvas is None else canvas, device)
 
     @classmethod
-    def from_flat(cls, boxes: Tensor, image_index: Tensor, num_images: int, canvas: Canvas) -> PackedBoxes:
+    def from_flat(
+        cls, boxes: Tensor, image_index: Tensor, num_images: int, canvas: Canvas, relative: Tensor | None = None
+    ) -> PackedBoxes:
         """Pack one flat box tensor, as Ultralytics and many data loaders hold it.
 
         Args:
@@ -117,6 +123,7 @@ class PackedBoxes:
             image_index: (M,) or (M, 1), the image of each box, 0 <= index < ``num_images`` (any number type).
             num_images: N.
             canvas: (h, w) for all images, or N of them.
+            relative: (M, 4) ``boxes`` as fractions of their canvas, where they are at hand.
 
         Raises:
             ValueError: shapes that do not fit, or an image index out of range (seen on the CPU only).
@@ -138,10 +145,10 @@ class PackedBoxes:
                 f"{boxes[row].tolist()}. Remove such boxes from the targets, or find what made them."
             )
         sizes = _canvas_tensor(canvas, num_images, boxes.device)
-        # (h, w) becomes (w, h, w, h), the order of x1 y1 x2 y2.
         image = image.to(boxes.device)
-        scale = sizes.flip(1).repeat(1, 2)[image]
-        return cls(boxes, image, sizes, num_images, boxes / scale)
+        if relative is None:  # (h, w) becomes (w, h, w, h), the order of x1 y1 x2 y2
+            relative = boxes / sizes.flip(1).repeat(1, 2)[image]
+        return cls(boxes, image, sizes, num_images, relative)
 
     def to(self, device: torch.device | str) -> PackedBoxes:
         """The same boxes on ``device``; itself if they are there already."""
@@ -149,7 +156,11 @@ class PackedBoxes:
         if self.boxes.device == device or (self.boxes.device.type == device.type and device.index is None):
             return self
         moved = [_to_device(t, device) for t in (self.boxes, self.image, self.canvas, self.relative)]
-        return PackedBoxes(moved[0], moved[1], moved[2], self.num_images, moved[3])
+        return PackedBoxes(moved[0], moved[1], moved[2], self.num_images, moved[3], self.sizes)
+
+    def for_maps(self, sizes: Sequence[tuple[int, int]]) -> PackedBoxes:
+        """The same boxes for maps of these (H, W), whose masks are made at once when the first one is asked for."""
+        return dataclasses.replace(self, sizes=sizes, _painted={})
 
     def __len__(self) -> int:
         """The number of boxes of all images together."""
@@ -174,26 +185,44 @@ def box_masks(
         foreground: (N, H, W), 1 / area of the smallest box over each cell, 0 where there is none.
         background: (N, H, W), 1 / number of background cells of that image, 0 on the foreground.
     """
-    device = packed.relative.device
-    foreground = torch.zeros(packed.num_images, height * width, dtype=dtype, device=device)
-    cells = torch.arange(max(height, width), dtype=torch.float32, device=device)
-    chunk = max(1, (_CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK) // max(1, height * width))
+    wanted = (height, width)
+    painted = packed._painted.get(dtype, {})
+    if wanted not in painted:
+        sizes = tuple(dict.fromkeys(packed.sizes)) if wanted in packed.sizes else (wanted,)
+        painted = packed._painted[dtype] = dict(zip(sizes, _paint(packed, sizes, dtype), strict=True))
+    masks: tuple[Tensor, Tensor] = painted[wanted]
+    return masks
+
+
+def _paint(packed: PackedBoxes, sizes: Sequence[tuple[int, int]], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """Both masks of maps of several sizes, with as much as possible done for all of them at once."""
+    device, images = packed.relative.device, packed.num_images
+    counts = [height * width for height, width in sizes]
+    whole = torch.zeros(images * sum(counts), dtype=dtype, device=device)  # each map in one piece: scatters faster
+    foreground = [part.view(images, -1) for part in whole.split([images * count for count in counts])]
+    cells = torch.arange(max(map(max, sizes)), dtype=torch.float32, device=device)
+    chunk = max(1, (_CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK) // max(1, *counts))
     for start in range(0, len(packed), chunk):
-        relative = packed.relative[start : start + chunk]
-        # (2, M) each: columns in the first row, rows in the second.
-        scaled = torch.stack((relative[:, 0::2] * width, relative[:, 1::2] * height))
-        first, last = scaled[:, :, 0].floor().clamp_(min=0), scaled[:, :, 1].ceil()
-        inside = (cells >= first[:, :, None]) & (cells <= last[:, :, None])
+        relative, image = packed.relative[start : start + chunk], packed.image[start : start + chunk, None]
+        # (L, 2, M) each: columns in the first row, rows in the second
+        x, y = relative[:, 0::2], relative[:, 1::2]
+        scaled = torch.stack([each for height, width in sizes for each in (x * width, y * height)])
+        scaled = scaled.unflatten(0, (len(sizes), 2))
+        first, last = scaled[..., 0].floor().clamp_(min=0), scaled[..., 1].ceil()
         # An inverted box covers nothing: its sides only have to be numbers. So do those of a box with NaN.
         sides = (last - first).add_(1).clamp_(min=1).to(dtype)
-        weight = (1 / sides[1] / sides[0]).nan_to_num_(nan=0)  # 1 / (h * w) would round differently
-        cover = (inside[1, :, :height] * weight[:, None])[:, :, None] * inside[0, :, None, :width]
-        image = packed.image[start : start + chunk, None].expand(-1, height * width)
-        foreground.scatter_reduce_(0, image, cover.flatten(1), "amax")
-    background = (foreground == 0).to(dtype)
-    background /= background.sum(1, keepdim=True).clamp_(min=1)
-    shape = (packed.num_images, height, width)
-    return foreground.view(shape), background.view(shape)
+        weight = (1 / sides[:, 1] / sides[:, 0]).nan_to_num_(nan=0)  # 1 / (h * w) would round differently
+        for k, ((height, width), into) in enumerate(zip(sizes, foreground, strict=True)):
+            line = cells[: max(height, width)]
+            inside = (line >= first[k, :, :, None]) & (line <= last[k, :, :, None])
+            cover = (inside[1, :, :height] * weight[k, :, None])[:, :, None] * inside[0, :, None, :width]
+            into.scatter_reduce_(0, image.expand(-1, height * width), cover.flatten(1), "amax")
+    empty = (whole == 0).to(dtype).split([len(part.view(-1)) for part in foreground])
+    masks = []
+    for size, fg, bg in zip(sizes, foreground, (each.view(images, -1) for each in empty), strict=True):
+        bg /= bg.sum(1, keepdim=True).clamp_(min=1)
+        masks.append((fg.unflatten(1, size), bg.unflatten(1, size)))
+    return masks
 
 
 def as_corners(boxes: Tensor) -> Tensor:

@@ -23,6 +23,11 @@ from fgd_hooks.utils.untrained import is_untrained
 
 logger = logging.getLogger("fgd_hooks")
 
+OWNED = "fgd_hooks_loaded_it"
+"""Attribute of a model that an integration loaded for itself: nobody else calls it, and nobody gets it back."""
+
+CAST_BY_AUTOCAST = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+
 COMPILES_FROM = "2.6"
 """torch 2.4 compiles a tapped teacher more than once and holds on to its features; tried again with 2.15."""
 
@@ -56,6 +61,10 @@ class FrozenTeacher:
             parameter.requires_grad_(False)
         self.taps = FeatureTaps(self.model, taps, role="teacher", stop=True)
         self.taps.enabled = False
+        if getattr(self.model, OWNED, False) and config.dtype in ("bfloat16", "float16"):
+            for module, _ in self._modes:
+                if type(module) in CAST_BY_AUTOCAST:  # once, instead of in every step; bit-equal
+                    module.to(getattr(torch, config.dtype))
         self._compiled: Callable[[Any], list[Tensor]] | None = None
         if config.compile and torch.__version__ < COMPILES_FROM:
             message = "teacher.compile=true needs torch %s (found %s); the teacher runs as it is."
@@ -73,10 +82,10 @@ class FrozenTeacher:
             images: what the teacher is called with, in any form of :func:`fgd_hooks.taps.calls.call_model`; images of
                 another floating-point type than the weights are cast to theirs.
         """
-        for module in self.model.modules():
+        for module, _ in self._modes:  # a list: a walk over the modules takes longer
             module.training = False  # somebody may have called train() since
         images = resolved(images)
-        if self.config.dtype == "auto" and (dtype := _dtype(self.model)) is not None:
+        if self.config.dtype == "auto" and (dtype := _dtype(self._flags)) is not None:
             images = cast(images, dtype)
         return [_ordinary(feature) for feature in self._features(images)]
 
@@ -172,9 +181,9 @@ def run_teachers(
     return features, scores
 
 
-def _dtype(model: nn.Module) -> torch.dtype | None:
-    """The type that all floating-point parameters of a model have; None where they differ."""
-    found = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+def _dtype(parameters: Sequence[tuple[nn.Parameter, bool]]) -> torch.dtype | None:
+    """The type that all floating-point parameters (and flags) have; None where they differ."""
+    found = {parameter.dtype for parameter, _ in parameters if parameter.is_floating_point()}
     return found.pop() if len(found) == 1 else None
 
 

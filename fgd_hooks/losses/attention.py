@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,6 +94,18 @@ def plain_terms(inputs: Inputs) -> list[Tensor]:
 def compute_dtype(*features: Tensor) -> torch.dtype:
     """The floating type to compute in: float64 if any feature is, else float32."""
     return torch.float64 if any(f.dtype == torch.float64 for f in features) else torch.float32
+
+
+@contextlib.contextmanager
+def unfilled() -> Iterator[None]:
+    """A context in which new memory is not filled with NaN, as deterministic mode has it: all of it is written here."""
+    settings: Any = torch.utils.deterministic
+    fills = settings.fill_uninitialized_memory
+    settings.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        settings.fill_uninitialized_memory = fills
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -4,15 +4,15 @@ On a GPU the passes of :mod:`~fgd_hooks.losses.fused_passes` are bound by memory
 and writes the whole feature, which compiled code does in a few sweeps. How much that gives depends on the card, on
 torch and on the level's size. So nothing is assumed: when a level has been seen ``TRIED_AT`` times in one size, both
 ways are timed on its own tensors, and the faster one is used from then on. A compiler that is missing or fails leaves
-all as it was. Where deterministic algorithms are asked for (Ultralytics does by default) nothing is tried: the two ways
-differ in the last bits of the gradient, and a clock must not decide what a seed gives.
+all as it was. Where deterministic algorithms are asked for (Ultralytics does by default) the size alone decides:
+the two ways differ in the last bits of the gradient, and a clock must not decide what a seed gives.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
+import types
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ TRIED_AT = 20  # uses: a size that comes by chance, in a multi-scale training, i
 REPEATS = 5
 PAYS = 0.95  # of the time as it is
 BACKEND = "inductor"
+LARGE = 1 << 22  # elements of a feature: 16 MiB, bound by memory on any card
 
 
 class Passes(NamedTuple):
@@ -40,43 +41,66 @@ class Passes(NamedTuple):
 AS_THEY_ARE = Passes(forward_group, backward_group)
 
 
-@functools.cache
 def compiled_passes(backend: str = "inductor") -> Passes:
-    """The same passes compiled, for each size that they meet."""
-    return Passes(*(torch.compile(each, backend=backend, dynamic=False) for each in AS_THEY_ARE))
+    """The same passes compiled, with a cache of their own: at the second size for any.
+
+    The compiler counts what it makes of one piece of code, and gives up for good at the eighth; so each level compiles
+    a copy, and a level whose maps change their size from step to step is compiled twice.
+    """
+    return Passes(*(torch.compile(_copy(each), backend=backend) for each in AS_THEY_ARE))
+
+
+def _copy(function: Any) -> Any:
+    """The same function with a code object of its own, which the compiler's caches go by."""
+    code = function.__code__.replace()
+    return types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
 
 
 class Choice:
     """Which passes one level's loss uses; plain numbers, so that it can be copied and pickled.
 
     Args:
-        wanted: True: compiled, False: as they are, None: what a trial says, on a GPU and where nobody asked for
-            deterministic algorithms; elsewhere as they are.
+        wanted: True: compiled, False: as they are, None: what a trial says, on a GPU; elsewhere as they are. Where
+            deterministic algorithms are asked for, the trial compiles and does not time: a level of
+            :data:`LARGE` elements or more is compiled if it can be.
     """
 
     def __init__(self, wanted: bool | None) -> None:
         self.wanted = wanted
+        self._compiled: Passes | None = None
         self.uses: Counter[tuple[Any, ...]] = Counter()
         self.found: dict[tuple[Any, ...], bool] = {}
 
     def passes(self, feature: Tensor, trial: Callable[[Passes], object]) -> Passes:
         """The passes for a feature (N, C, H, W); ``trial`` runs forward and backward once, on tensors of its own."""
         wanted = self.wanted
-        if wanted is None and feature.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
+        if wanted is None and feature.device.type == "cuda":
             kind = (tuple(feature.shape), feature.dtype, feature.stride())
             self.uses[kind] += 1
             if self.uses[kind] == TRIED_AT:
-                self.found[kind] = faster(trial, feature.device)
+                timed = not torch.are_deterministic_algorithms_enabled()
+                worth = timed or feature.numel() >= LARGE
+                self.found[kind] = worth and faster(self.compiled(), trial, feature.device, timed)
             wanted = self.found.get(kind)
-        return compiled_passes(BACKEND) if wanted else AS_THEY_ARE
+        return self.compiled() if wanted else AS_THEY_ARE
+
+    def compiled(self) -> Passes:
+        """This level's compiled passes."""
+        if self._compiled is None:
+            self._compiled = compiled_passes(BACKEND)
+        return self._compiled
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_compiled": None}
 
 
-def faster(trial: Callable[[Passes], object], device: torch.device) -> bool:
-    """Whether compiled passes take less time; False if they cannot be compiled or run."""
+def faster(compiled: Passes, trial: Callable[[Passes], object], device: torch.device, timed: bool = True) -> bool:
+    """Whether compiled passes take less time, or without a clock whether they run; False if they cannot be compiled."""
     logger.info("FGD: trying whether the loss's heavy passes are faster compiled; this takes a moment, once per level.")
     try:
-        compiled = compiled_passes(BACKEND)
         trial(compiled)  # compiles
+        if not timed:
+            return True
         times: dict[Passes, list[float]] = {compiled: [], AS_THEY_ARE: []}
         for _ in range(REPEATS):
             for passes, spent in times.items():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fgd_hooks.losses.attention import Inputs, Weights, compute_dtype, plain_terms
+from fgd_hooks.losses.attention import Inputs, Weights, compute_dtype, plain_terms, unfilled
 from fgd_hooks.losses.base import FeatureLoss, LossResult, Targets, check_temperature, register_loss
 from fgd_hooks.losses.compiled import Choice
 from fgd_hooks.losses.fused import fused_terms
@@ -72,6 +72,7 @@ class FGDLoss(FeatureLoss):
         self.temperature = temperature
         self.fused = fused
         self.choice = Choice(compiled)
+        self._on_device: tuple[Any, Tensor] | None = None
         self.student_context = GcBlock(channels)
         self.teacher_context = GcBlock(channels)
 
@@ -95,9 +96,18 @@ class FGDLoss(FeatureLoss):
         """The parts by the fused passes, which weigh and sum them too; else by the template."""
         if not self.fused or torch.compiler.is_compiling():
             return super().compare(student, teacher, targets)
-        loss, *terms = fused_terms(self._inputs(student, teacher, targets), self.choice)
-        parts, raw = (dict(zip(self.part_names, each, strict=True)) for each in (terms[:4], terms[4:]))
+        with unfilled():
+            inputs = self._inputs(student, teacher, targets)
+            loss, *vectors = fused_terms(inputs, self.choice, self._scales(inputs.weights, inputs.foreground))
+        parts, raw = (dict(zip(self.part_names, each.unbind(), strict=True)) for each in vectors)
         return LossResult(parts, raw, loss)
+
+    def _scales(self, weights: Weights, like: Tensor) -> Tensor:
+        """The weights (4,) on the device; made again where they have changed, since a GPU waits for the copy."""
+        key = (weights, like.device, like.dtype)
+        if self._on_device is None or self._on_device[0] != key:
+            self._on_device = key, torch.tensor(weights, dtype=like.dtype, device=like.device)
+        return self._on_device[1]
 
     def terms(self, student: Tensor, teacher: Tensor, targets: Targets) -> list[Tensor]:
         """The four terms of two features (N, C, H, W), () each."""

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fgd_hooks.losses.attention import Inputs, Weights, no_autocast, plain_terms
+from fgd_hooks.losses.attention import Inputs, Weights, no_autocast, plain_terms, unfilled
 from fgd_hooks.losses.compiled import AS_THEY_ARE, Choice, Passes
 from fgd_hooks.losses.fused_passes import Blocks, Context, Factors, Group
 from fgd_hooks.losses.gc_block import transform, transform_backward
@@ -33,10 +33,11 @@ _CPU_ELEMENTS = 1 << 19
 _GPU_ELEMENTS = 1 << 25
 
 
-def fused_terms(inputs: Inputs, choice: Choice) -> tuple[Tensor, ...]:
-    """The weighted sum of what :func:`plain_terms` computes, those four terms weighted, and raw: nine scalars.
+def fused_terms(inputs: Inputs, choice: Choice, scales: Tensor) -> tuple[Tensor, ...]:
+    """The weighted sum () of what :func:`plain_terms` computes, those terms weighted (4,), and raw (4,).
 
-    Each may be differentiated on its own. ``choice`` says whether the heavy passes run compiled.
+    Each may be differentiated on its own. ``choice`` says whether the heavy passes run compiled; ``scales`` (4,) are
+    the weights once more, on the device.
     """
     student, *masked, student_block, teacher_block, temperature, weights = inputs
     blocks = (*student_block, *teacher_block)
@@ -44,29 +45,29 @@ def fused_terms(inputs: Inputs, choice: Choice) -> tuple[Tensor, ...]:
     def trial(passes: Passes) -> None:
         own = [each.detach().requires_grad_() for each in (student, *blocks)]
         with torch.enable_grad():
-            loss = _FusedTerms.apply(own[0], (temperature, weights, passes), *masked, *own[1:])[0]
+            loss = _FusedTerms.apply(own[0], (temperature, weights, scales, passes), *masked, *own[1:])[0]
             torch.autograd.grad(loss, own, allow_unused=True)
 
-    settings = temperature, weights, choice.passes(student, trial)
+    settings = temperature, weights, scales, choice.passes(student, trial)
     results: tuple[Tensor, ...] = _FusedTerms.apply(student, settings, *masked, *blocks)
     return results
 
 
 class _FusedTerms(torch.autograd.Function):
-    """Of the student's feature, the settings, then teacher, both masks and both blocks' weights: the nine scalars."""
+    """Of the student's feature, the settings, then teacher, both masks and both blocks' weights: loss, parts, raw."""
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, settings: tuple[float, Weights, Passes], *others: Tensor
+        ctx: Any, student: Tensor, settings: tuple[float, Weights, Tensor, Passes], *others: Tensor
     ) -> tuple[Tensor, ...]:
         teacher, foreground, background, *parameters = others
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(student, *others)
-        ctx.temperature, ctx.weights, ctx.passes = temperature, weights, passes = settings
+        ctx.temperature, ctx.weights, ctx.scales, ctx.passes = temperature, weights, scales, passes = settings
         ctx.kept, ctx.transformed, ctx.shift = [], (), None  # vectors and maps, no input and no result among them
-        blocks = _blocks(parameters, foreground.dtype)
         sums: list[Tensor] = []
-        with no_autocast(student.device):
+        with no_autocast(student.device), unfilled():
+            blocks = _blocks(parameters, foreground.dtype)
             for group in _groups((student, teacher, foreground, background), passes):
                 terms, kept = passes.forward(group, temperature, weights, blocks)
                 sums = _add_each(sums, terms)
@@ -76,8 +77,8 @@ class _FusedTerms(torch.autograd.Function):
                 ctx.transformed = [transform(pooled, block) for pooled, block in zip(ctx.pooled, blocks, strict=True)]
                 ctx.offset = ctx.transformed[1][-1] - ctx.transformed[0][-1]
                 ctx.shift = _join([kept.mean[0] for kept in ctx.kept]) + ctx.offset
-                sums[3] = sums[3] + ctx.shift.square().sum() * foreground[0].numel()
-            return _weighted([term / len(student) for term in sums], weights)
+                sums[3] = torch.add(sums[3], ctx.shift.square().sum(), alpha=foreground[0].numel())
+            return _weighted(torch.stack(sums) * (1 / len(student)), scales)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -85,13 +86,13 @@ class _FusedTerms(torch.autograd.Function):
             return _differentiable_backward(ctx, grads)
         student, teacher, foreground, background, *parameters = ctx.saved_tensors
         by_student = flat = None
-        if ctx.needs_input_grad[0]:
-            by_student = _dense_like(student)
-            flat = by_student.flatten(2)
         by_parameters: list[Tensor | None] = [None] * len(parameters)
         by_wk: list[Tensor] = []
-        with no_autocast(student.device):
-            factors = _factors(grads, ctx.weights, len(student))
+        with no_autocast(student.device), unfilled():
+            if ctx.needs_input_grad[0]:
+                by_student = _dense_like(student)
+                flat = by_student.flatten(2)
+            factors = _factors(grads, ctx.weights, ctx.scales, len(student))
             context = None
             if factors.context is not None:
                 blocks = _blocks(parameters, foreground.dtype)
@@ -108,10 +109,10 @@ class _FusedTerms(torch.autograd.Function):
         return (by_student, *[None] * 4, *by_parameters)
 
 
-def _weighted(raw: list[Tensor], weights: Weights) -> tuple[Tensor, ...]:
-    """The nine results for the four raw terms."""
-    parts = [term * weight for term, weight in zip(raw, weights, strict=True)]
-    return parts[0] + parts[1] + parts[2] + parts[3], *parts, *raw
+def _weighted(raw: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
+    """The results for the raw terms (4,)."""
+    parts = raw * scales
+    return parts.sum(), parts, raw
 
 
 def _differentiable_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -119,7 +120,11 @@ def _differentiable_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[
     student, teacher, foreground, background, *parameters = ctx.saved_tensors
     blocks = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
     raw = plain_terms(Inputs(student, teacher, foreground, background, *blocks, ctx.temperature, ctx.weights))
-    asked = [(term, grad) for term, grad in zip(_weighted(raw, ctx.weights), grads, strict=True) if grad is not None]
+    asked = [
+        (term, grad)
+        for term, grad in zip(_weighted(torch.stack(raw), ctx.scales), grads, strict=True)
+        if grad is not None
+    ]
     inputs = [tensor for tensor in (student, *parameters) if tensor.requires_grad]
     outputs, incoming = zip(*asked, strict=True)
     found = iter(torch.autograd.grad(outputs, inputs, incoming, create_graph=True, allow_unused=True))
@@ -148,7 +153,8 @@ def _groups(maps: Sequence[Tensor], passes: Passes) -> Iterator[Group]:
     chunks = _cut(c, max(1, limit // p))
     groups = _cut(n, max(1, limit // (c * p)))
     scratch: list[Tensor] = []
-    if passes is AS_THEY_ARE and on_cpu and all(each.is_contiguous() for each in flat[:2]):
+    formats = [(each.is_contiguous(), each.transpose(1, 2).is_contiguous()) for each in flat[:2]]
+    if passes is AS_THEY_ARE and on_cpu and any(map(all, zip(*formats, strict=True))):
         # Fresh memory for every step costs the CPU more, in page faults, than the step itself.
         of_piece = groups[0].stop * chunks[0].stop * p
         scratch = [flat[2].new_empty(of_piece) for _ in range(2)]
@@ -163,16 +169,15 @@ def _cut(length: int, limit: int) -> list[slice]:
     return [slice(start, min(length, start + size)) for start in range(0, length, size)]
 
 
-def _factors(grads: Sequence[Tensor | None], weights: Weights, images: int) -> Factors:
-    """From the gradients at the function's nine results to one per raw term, before the division by N."""
-    of_loss, factors = grads[0], []
-    for weight, of_part, of_term in zip(weights, grads[1:5], grads[5:], strict=True):
-        total = None
-        for grad, scale in ((of_loss, weight / images), (of_part, weight / images), (of_term, 1 / images)):
-            if grad is not None and weight:
-                total = grad * scale if total is None else total + grad * scale
-        factors.append(total)
-    return Factors(*factors)
+def _factors(grads: Sequence[Tensor | None], weights: Weights, scales: Tensor, images: int) -> Factors:
+    """From the gradients at the function's three results to one per raw term, before the division by N."""
+    of_loss, of_parts, of_raw = grads
+    total = of_raw
+    for grad in (of_loss, of_parts):
+        if grad is not None:
+            total = grad * scales if total is None else total + grad * scales
+    each: Sequence[Tensor | None] = [None] * 4 if total is None else (total * (1 / images)).unbind()
+    return Factors(*(factor if weight else None for factor, weight in zip(each, weights, strict=True)))
 
 
 def _dense_like(feature: Tensor) -> Tensor:

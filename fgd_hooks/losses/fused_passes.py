@@ -31,16 +31,27 @@ class Group(NamedTuple):
             pair = (self.student[:, chunk], self.teacher[:, chunk])
         return pair[0].to(self.foreground.dtype), pair[1].to(self.foreground.dtype)
 
+    def cast(self) -> Group:
+        """The same with both features in the type to compute in, where one piece holds them all anyway."""
+        if len(self.chunks) > 1:
+            return self
+        student, teacher = self.read(self.chunks[0])
+        return self._replace(student=student, teacher=teacher)
+
     def buffer(self, number: int, piece: Tensor) -> Tensor | None:
-        """Scratch memory of the shape of ``piece``, to be given as ``out``."""
-        return self.scratch[number][: piece.numel()].view(piece.shape) if self.scratch else None
+        """Scratch memory of the shape of ``piece`` (n, c, P) and in its order, to be given as ``out``."""
+        if not self.scratch:
+            return None
+        flat, (n, c, p) = self.scratch[number][: piece.numel()], piece.shape
+        return flat.view(n, p, c).transpose(1, 2) if self.student.stride(1) == 1 else flat.view(n, c, p)
 
 
 class Kept(NamedTuple):
     """What the forward pass of a group finds; None or empty where no term asks for it."""
 
-    spatial: list[Any]  # softmaxes (n, P) of the spatial attentions
-    channel: list[Any]  # softmaxes (n, C) of the channel attentions
+    spatial: Any  # softmax (n, P) of the teacher's spatial attention
+    channel: Any  # softmax (n, C) of the teacher's channel attention
+    student: list[Tensor]  # softmaxes of the student's two, and what they are more than the teacher's
     attend: list[Tensor]  # softmaxes (n, 1, P) of the context blocks
     pooled: list[Tensor]  # contexts (n, C)
     mean: list[Tensor]  # [m (n, C)]
@@ -71,6 +82,7 @@ class Factors(NamedTuple):
 
 def forward_group(group: Group, temperature: float, weights: Weights, blocks: Blocks) -> tuple[list[Tensor], Kept]:
     """The first three terms and sum (d - m)^2, summed over a group of images."""
+    group = group.cast()
     n, c, p = group.student.shape
     sized = (bool(weights.attention), bool(weights.attention) or weights.focal)
     over_channels: list[Any] = [None, None]
@@ -84,12 +96,12 @@ def forward_group(group: Group, temperature: float, weights: Weights, blocks: Bl
                 over_cells[k].append(size.sum(2))
             if weights.context:
                 logits[k] = _add(logits[k], torch.bmm(blocks[k][0][:, j].expand(n, 1, -1), piece))
-    spatial: list[Any] = [x if x is None else torch.softmax(x.mul_(1 / (c * temperature)), 1) for x in over_channels]
-    channel: list[Any] = [torch.softmax(_join(x).mul_(1 / (p * temperature)), 1) if x else None for x in over_cells]
+    spatial = _softmaxes([x for x in over_channels if x is not None], 1 / (c * temperature))
+    channel = _softmaxes([_join(x) for x in over_cells if x], 1 / (p * temperature))
     attend = [torch.softmax(x, 2) for x in logits if x is not None]
 
     energy: Any = None
-    squares = zero = group.foreground.new_zeros(())
+    squares: Any = None
     means: list[Tensor] = []
     contexts: tuple[list[Tensor], list[Tensor]] = ([], [])
     for j in group.chunks if weights.focal or weights.context else ():
@@ -97,25 +109,30 @@ def forward_group(group: Group, temperature: float, weights: Weights, blocks: Bl
         d = torch.sub(pieces[1], pieces[0], out=group.buffer(0, pieces[0]))
         if weights.focal:
             square = torch.mul(d, d, out=group.buffer(1, d))
-            energy = _add(energy, torch.bmm(channel[1][:, None, j], square))
+            energy = _add(energy, torch.bmm(channel[-1][:, None, j], square))
         if weights.context:
             for k, piece in enumerate(pieces):
                 contexts[k].append(torch.bmm(attend[k], piece.transpose(1, 2)).squeeze(1))
             means.append(d.mean(2))
             d -= means[-1][:, :, None]
-            squares = squares + torch.mul(d, d, out=d).sum()
+            squares = _add(squares, torch.mul(d, d, out=d).sum())
 
-    terms = [zero, zero, zero, squares]
+    terms: list[Any] = [None, None, None, squares]
     if energy is not None:
-        energy = energy.squeeze(1).mul_(spatial[1]).mul_(c * p)
+        energy = energy.squeeze(1).mul_(spatial[-1]).mul_(c * p)
         for k, mask in enumerate((group.foreground, group.background)):
             if weights[k]:
                 terms[k] = (mask * energy).sum()
+    student: list[Tensor] = []
     if weights.attention:
-        of_cells, of_channels = ((x - y).abs_().sum() for x, y in (spatial, channel))
-        terms[2] = of_cells * p + of_channels * c
+        student = [spatial[0], channel[0], spatial[0] - spatial[1], channel[0] - channel[1]]
+        of_cells, of_channels = (torch.linalg.vector_norm(more, 1) for more in student[2:])
+        terms[2] = torch.add(of_cells * p, of_channels, alpha=c)
     pooled = [_join(x) for x in contexts if x]
-    return terms, Kept(spatial, channel, attend, pooled, [_join(means)] if means else [])
+    if None in terms:
+        zero = group.foreground.new_zeros(())
+        terms = [zero if term is None else term for term in terms]
+    return terms, Kept(_last(spatial), _last(channel), student, attend, pooled, [_join(means)] if means else [])
 
 
 def backward_group(
@@ -131,17 +148,18 @@ def backward_group(
     Returns:
         The gradients at W_k (1, C) of both blocks, or nothing if no gradient flows to the global term.
     """
+    group = group.cast()
     _, c, p = group.student.shape
-    into = _StudentGradient(kept.channel[1], context)
+    into = _StudentGradient(kept.channel, context)
     for factor, mask in ((factors.foreground, group.foreground), (factors.background, group.background)):
         if factor is not None:
-            into.focal = _add(into.focal, mask * factor)
+            into.focal = mask * factor if into.focal is None else into.focal.addcmul_(mask, factor)
     if into.focal is not None:
-        into.focal = into.focal.mul_(kept.spatial[1]).mul_(-2 * c * p)
+        into.focal = into.focal.mul_(kept.spatial).mul_(-2 * c * p)
     if factors.attention is not None:
-        factor = factors.attention / temperature
-        into.cells = _sign_gradient(kept.spatial).mul_(factor * (p / c))
-        into.channels = _sign_gradient(kept.channel).mul_(factor * (c / p))
+        cells, channels, *more = kept.student
+        into.cells = _sign_gradient(more[0], cells).mul_(factors.attention * (p / c / temperature))
+        into.channels = _sign_gradient(more[1], channels).mul_(factors.attention * (c / p / temperature))
     by_logits: list[Tensor] = []
     if context is not None:
         by_attend: list[Any] = [None, None]
@@ -198,11 +216,21 @@ class _StudentGradient:
             into.copy_(d)
 
 
-def _sign_gradient(softmaxes: list[Any]) -> Tensor:
-    """Gradient of sum |x - y| at the logits of x, for two softmaxes x and y over the last dimension."""
-    student, teacher = softmaxes
-    signs = (student - teacher).sign_()
-    gradient: Tensor = torch.ops.aten._softmax_backward_data(signs, student, 1, student.dtype)
+def _softmaxes(logits: list[Tensor], scale: float) -> list[Tensor]:
+    """Softmaxes over the last dimension of maps or vectors of one shape, times ``scale``, all in one pass."""
+    if not logits:
+        return []
+    both = torch.stack(logits) if len(logits) > 1 else logits[0][None]
+    return list(torch.softmax(both.mul_(scale), 2).unbind())
+
+
+def _last(each: list[Tensor]) -> Tensor | None:
+    return each[-1] if each else None
+
+
+def _sign_gradient(difference: Tensor, student: Tensor) -> Tensor:
+    """Gradient of sum |x - y| at the logits of x, a softmax over the last dimension."""
+    gradient: Tensor = torch.ops.aten._softmax_backward_data(difference.sign(), student, 1, student.dtype)
     return gradient
 
 

@@ -52,7 +52,8 @@ def all_tensors(model: nn.Module) -> dict[str, Tensor]:
 def norm(tensor: Tensor) -> Tensor:
     """() the norm of a tensor of any floating-point type, in float32; summed in no less."""
     wide = torch.promote_types(tensor.dtype, torch.float32)
-    found: Tensor = torch.linalg.vector_norm(tensor, dtype=wide)
+    dims = tuple(range(tensor.dim()))  # all of them: without, channels-last memory would be copied first
+    found: Tensor = torch.linalg.vector_norm(tensor, dim=dims, dtype=wide)
     return found.float()
 
 

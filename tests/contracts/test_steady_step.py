@@ -19,7 +19,14 @@ from tests.helpers.tiny import TinyDetector, batch, trained
 # operations that launch nothing on a GPU: views, and the allocation of memory
 FREE = {
     *("alias", "as_strided", "detach", "expand", "permute", "select", "slice", "squeeze", "t", "transpose", "unbind"),
-    *("_record_function_enter_new", "_record_function_exit", "reshape", "_reshape_alias"),
+    *(
+        "_record_function_enter_new",
+        "_record_function_exit",
+        "promote_types",
+        "split_with_sizes",
+        "reshape",
+        "_reshape_alias",
+    ),
     *("unsqueeze", "view", "_unsafe_view", "empty", "empty_like", "new_empty", "empty_strided", "split"),
 }
 WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "item"}
@@ -58,7 +65,7 @@ def test_the_loss_on_a_gpu_never_asks_for_a_value():
         assert result.loss.device.type == "cuda"
         # autograd's engine needs a real GPU: the fused function's own backward pass is called as it would call it
         with torch.no_grad():
-            gradients = _FusedTerms.backward(result.loss.grad_fn, torch.ones((), device="cuda"), *[None] * 8)
+            gradients = _FusedTerms.backward(result.loss.grad_fn, torch.ones((), device="cuda"), None, None)
         assert gradients[0].shape == student.shape
         assert gradients[0].device.type == "cuda"
         with pytest.raises(DataDependentOutputException):  # so the check does see it
@@ -111,6 +118,23 @@ def test_launches_per_level_are_few_and_independent_of_images_and_boxes():
     forward, backward = (b - a for a, b in zip(counts["one level"], counts["two levels"], strict=True))
     assert forward <= 110
     assert backward <= 140
+
+
+def test_deterministic_mode_fills_no_memory_of_the_loss():
+    counts = []
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        try:
+            loss = FGDLoss(8)
+            student, teacher = torch.randn(2, 8, 12, 12, requires_grad=True), torch.randn(2, 8, 12, 12)
+            boxes = boxes_on("cpu")
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                loss(student, teacher, boxes).loss.backward()
+            assert torch.utils.deterministic.fill_uninitialized_memory
+        finally:
+            torch.use_deterministic_algorithms(False)
+        counts.append(sum(event.name == "aten::fill_" for event in profile.events()))
+    assert counts[1] <= counts[0] + 3, "autograd's own"
 
 
 def test_the_memory_of_masks_does_not_grow_with_the_boxes():

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import pickle
 from types import SimpleNamespace
 
@@ -20,10 +21,8 @@ BOXES = [torch.tensor([[0.0, 0.0, 20.0, 12.0], [8.0, 8.0, 30.0, 40.0]]), torch.z
 def fresh():
     """Each test compiles anew: torch keeps only so many versions of one function."""
     torch.compiler.reset()
-    compiled_passes.cache_clear()
     yield
     torch.compiler.reset()
-    compiled_passes.cache_clear()
 
 
 def both(channels=6, **options):
@@ -78,7 +77,9 @@ def test_compiled_code_passes_the_golden_cases(case):
 
 def on_gpu(*shape):
     """What the choice looks at of a feature on a GPU."""
-    return SimpleNamespace(device=torch.device("cuda"), shape=shape, dtype=torch.float32, stride=lambda: shape)
+    count = math.prod(shape)
+    device = torch.device("cuda")
+    return SimpleNamespace(device=device, shape=shape, dtype=torch.float32, stride=lambda: shape, numel=lambda: count)
 
 
 def test_nothing_is_tried_on_a_cpu():
@@ -98,7 +99,7 @@ def test_on_a_gpu_the_faster_way_stays_after_a_trial_for_each_size(monkeypatch, 
         assert choice.passes(on_gpu(8, 64, 80, 80), tried.append) is AS_THEY_ARE
     assert not tried
     for _ in range(3):
-        wanted = compiled_passes("aot_eager") if pays else AS_THEY_ARE
+        wanted = choice.compiled() if pays else AS_THEY_ARE
         assert choice.passes(on_gpu(8, 64, 80, 80), tried.append) is wanted
     assert len(tried) == 1  # it compiles once; the times come from what is patched here
     assert choice.passes(on_gpu(8, 64, 40, 40), tried.append) is AS_THEY_ARE
@@ -116,15 +117,35 @@ def test_a_compiler_that_fails_changes_nothing_and_is_no_warning(monkeypatch, ca
     assert "trying whether" in caplog.text  # a compiler may take a minute
 
 
-def test_where_a_run_must_be_repeatable_no_clock_decides(monkeypatch):
-    monkeypatch.setattr(compiled, "faster", lambda trial, device: pytest.fail("timed"))
-    choice = Choice(None)
+def test_where_a_run_must_be_repeatable_the_size_decides_and_no_clock(monkeypatch):
+    monkeypatch.setattr(compiled, "seconds", lambda *arguments: pytest.fail("timed"))
+    choice, tried = Choice(None), []
     torch.use_deterministic_algorithms(True, warn_only=True)  # as Ultralytics does by default
     try:
-        for _ in range(2 * TRIED_AT):
-            assert choice.passes(on_gpu(8, 64, 80, 80), lambda passes: None) is AS_THEY_ARE
+        for _ in range(TRIED_AT):
+            small = choice.passes(on_gpu(8, 64, 20, 20), tried.append)
+            large = choice.passes(on_gpu(16, 64, 80, 80), tried.append)
     finally:
         torch.use_deterministic_algorithms(False)
+    assert small is AS_THEY_ARE
+    assert large is choice.compiled()
+    assert tried == [large]
+
+
+def test_maps_of_many_sizes_are_compiled_twice_a_level(monkeypatch):
+    """One code for all levels would be compiled at most eight times, and run as it is from then on."""
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    monkeypatch.setattr(compiled, "BACKEND", counter)
+    for channels in (4, 6, 8):  # levels
+        loss, graphs = FGDLoss(channels, compiled=True), counter.frame_count
+        for number, (height, width) in enumerate([(5, 7), (6, 9), (8, 4), (9, 9), (3, 11), (12, 5), (7, 8), (10, 6)]):
+            student = torch.randn(2, channels, height, width, requires_grad=True)
+            loss(student, torch.randn(2, channels, height, width), BOXES, (40, 56)).loss.backward()
+            if number == 3:
+                settled = counter.frame_count
+        assert graphs < settled == counter.frame_count
 
 
 def test_the_trial_of_a_loss_leaves_no_gradient_and_runs_both_ways(monkeypatch):

@@ -91,6 +91,22 @@ def test_parts_and_loss(case, dtype):
         torch.testing.assert_close(result.parts[name], result.raw[name] * golden.loss.weights[name])
 
 
+def test_channels_last(case, dtype):
+    """As Ultralytics trains on a GPU; the gradient comes in the feature's own order."""
+    golden = Golden(case, dtype)
+    last = {"memory_format": torch.channels_last}
+    student = golden.adapted.detach().contiguous(**last).requires_grad_()
+    loss = golden.loss(student, golden.teacher.contiguous(**last), golden.boxes, golden.canvas).loss
+    plain = golden.loss(golden.adapted, golden.teacher, golden.boxes, golden.canvas).loss
+    wanted = torch.autograd.grad(plain, golden.adapted)[0].double()
+    (found,) = torch.autograd.grad(loss, student)
+    scale = float(wanted.abs().max())
+    assert float((found.double() - wanted).abs().max()) <= (1e-12 if dtype == torch.float64 else 1e-5) * scale
+    loss, plain = loss.item(), plain.item()
+    assert abs(loss - plain) <= (1e-12 if dtype == torch.float64 else 1e-5) * plain
+    assert found.is_contiguous(**last)
+
+
 def test_masks(case, dtype):
     golden = Golden(case, dtype)
     packed = PackedBoxes.from_list(golden.boxes, golden.canvas)

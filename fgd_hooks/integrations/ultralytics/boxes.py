@@ -25,10 +25,12 @@ def boxes_of(batch: Mapping[str, Tensor]) -> PackedBoxes:
     centre, extent = given[:, :4].split(2, dim=1)
     if given.shape[1] == 5:
         extent = _upright(extent, given[:, 4], width / height)
-    boxes = torch.cat([centre - extent / 2, centre + extent / 2], dim=1)
-    boxes[:, 0::2] *= width  # by numbers: a tensor of the two would make the host wait for the device
-    boxes[:, 1::2] *= height
-    return PackedBoxes.from_flat(boxes, batch["batch_idx"].to(images.device), images.shape[0], (height, width))
+    relative = torch.cat([centre.add(extent, alpha=-0.5), centre.add(extent, alpha=0.5)], dim=1)
+    boxes = relative.clone()
+    boxes[:, 0::2].mul_(width)  # by numbers: a tensor of the two would make the host wait for the device
+    boxes[:, 1::2].mul_(height)
+    index = batch["batch_idx"].to(images.device)
+    return PackedBoxes.from_flat(boxes, index, images.shape[0], (height, width), relative)
 
 
 def _upright(extent: Tensor, angle: Tensor, aspect: float) -> Tensor:

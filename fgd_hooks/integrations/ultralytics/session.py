@@ -111,9 +111,11 @@ class TrainingSession:
         self.handles: list[Any] = []
         self.monitor: TrainingMonitor | None = None  # on the first rank
         self.compiled = bool(getattr(trainer.args, "compile", False))
-        if config.teacher.dtype == "auto" and not trainer.amp:
+        if config.teacher.dtype == "auto":
             config = copy.deepcopy(config)
-            config.teacher.dtype = fast_dtype(trainer.device)
+            kind = trainer.device.type
+            autocast = str(torch.get_autocast_dtype(kind)).removeprefix("torch.") if trainer.amp else None
+            config.teacher.dtype = autocast or fast_dtype(trainer.device)
         with torch.random.fork_rng(devices=[]):  # modules are made on the CPU; no GPU's generator is touched
             torch.default_generator.manual_seed(trainer.args.seed)  # adapters start alike in every run, on every rank
             teachers = [teacher.to(trainer.device) for teacher in teachers]
@@ -195,13 +197,13 @@ class TrainingSession:
         images = batch["img"]
         count = images_counted(self.model, len(images))
         self.task_loss = task.detach().sum() / count  # per image, as the parts
-        boxes = self.boxes_of(batch)
+        boxes = None if self.distiller.rests else self.boxes_of(batch)  # a step that rests has no use for them
         distilled: Distilled = self.parallel(images, boxes, task_loss=self.task_loss)
         self.taught = self.taught or (distilled.weight != 0 and not distilled.resting)
         # what is kept must not hold the graph: after out of memory the next forward pass needs its place
         loss = distilled.loss
         distilled = dataclasses.replace(distilled, loss=loss.detach())
-        if self.monitor is not None:
+        if self.monitor is not None and boxes is not None:
             self.monitor.see(distilled, boxes)
         if self.distilled is None or not distilled.resting:
             self.distilled = distilled  # a step that rests goes on showing the last one's parts

@@ -15,6 +15,7 @@ from fgd_hooks.errors import TeacherError
 from fgd_hooks.evaluation.runs import weights_of
 from fgd_hooks.integrations.ultralytics.compat import TASKS, task_of
 from fgd_hooks.pairing import needs_scores
+from fgd_hooks.teacher import OWNED
 from fgd_hooks.utils.modules import unwrap
 from fgd_hooks.utils.registry import suggestion
 from fgd_hooks.utils.untrained import is_untrained
@@ -141,6 +142,7 @@ def score_taps(module: nn.Module) -> list[str] | None:
 def fused(module: nn.Module) -> nn.Module:
     """An Ultralytics model with its batch normalisations folded into convolutions, weights channels-last; in place."""
     folded: nn.Module = module.fuse(verbose=False)  # type: ignore[operator]
+    setattr(folded, OWNED, True)
     return folded.to(memory_format=torch.channels_last)
 
 
