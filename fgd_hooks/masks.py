@@ -82,7 +82,7 @@ class PackedBoxes:
         image = torch.tensor(owner, dtype=torch.long)
         if packed.device.type == "cpu":
             return cls.from_flat(packed, image, len(boxes), canvas).to(device)
-        return cls.from_flat(packed, _to_device(image, packed.device), len(boxes), canvas).to(device)
+        return cls.from_flat(packed, to_device(image, packed.device), len(boxes), canvas).to(device)
 
     @classmethod
     def of_batch(
@@ -155,7 +155,7 @@ class PackedBoxes:
         device = torch.device(device)
         if self.boxes.device == device or (self.boxes.device.type == device.type and device.index is None):
             return self
-        moved = [_to_device(t, device) for t in (self.boxes, self.image, self.canvas, self.relative)]
+        moved = [to_device(t, device) for t in (self.boxes, self.image, self.canvas, self.relative)]
         return PackedBoxes(moved[0], moved[1], moved[2], self.num_images, moved[3], self.sizes)
 
     def for_maps(self, sizes: Sequence[tuple[int, int]]) -> PackedBoxes:
@@ -317,10 +317,10 @@ def _describe(found: object) -> str:
     return f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
 
 
-def _to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """Copy without making the host wait: from pinned memory if the target is a GPU."""
     if len(tensor) > 1 and tensor.stride(0) == 0:  # one row for all: memory whose rows overlap cannot be pinned
-        return _to_device(tensor[:1], device).expand(tensor.shape)
+        return to_device(tensor[:1], device).expand(tensor.shape)
     if torch.device(device).type in _PINNED_FOR and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -344,4 +344,4 @@ def _canvas_tensor(canvas: Canvas, num_images: int, device: torch.device) -> Ten
         )
     if sizes.device.type == "cpu" and not bool(((sizes > 0) & sizes.isfinite()).all()):
         raise ValueError(f"canvas must be positive (h, w) in pixels, found {sizes.tolist()}.")
-    return _to_device(sizes, device)
+    return to_device(sizes, device)

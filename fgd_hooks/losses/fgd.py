@@ -11,7 +11,7 @@ from torch import Tensor
 from fgd_hooks.losses.attention import Inputs, Weights, compute_dtype, plain_terms, unfilled
 from fgd_hooks.losses.base import FeatureLoss, LossResult, Targets, check_temperature, register_loss
 from fgd_hooks.losses.compiled import Choice
-from fgd_hooks.losses.fused import fused_terms
+from fgd_hooks.losses.fused import constants, fused_terms
 from fgd_hooks.losses.gc_block import GcBlock
 from fgd_hooks.utils.registry import suggestion
 
@@ -98,15 +98,16 @@ class FGDLoss(FeatureLoss):
             return super().compare(student, teacher, targets)
         with unfilled():
             inputs = self._inputs(student, teacher, targets)
-            loss, *vectors = fused_terms(inputs, self.choice, self._scales(inputs.weights, inputs.foreground))
+            loss, *vectors = fused_terms(inputs, self.choice, self._constants(inputs))
         parts, raw = (dict(zip(self.part_names, each.unbind(), strict=True)) for each in vectors)
         return LossResult(parts, raw, loss)
 
-    def _scales(self, weights: Weights, like: Tensor) -> Tensor:
-        """The weights (4,) on the device; made again where they have changed, since a GPU waits for the copy."""
-        key = (weights, like.device, like.dtype)
+    def _constants(self, inputs: Inputs) -> Tensor:
+        """The constants of the fused passes on the device, made again where a weight or the size has changed."""
+        like = inputs.foreground
+        key = (inputs.weights, inputs.temperature, inputs.student.shape, like.dtype, like.device)
         if self._on_device is None or self._on_device[0] != key:
-            self._on_device = key, torch.tensor(weights, dtype=like.dtype, device=like.device)
+            self._on_device = key, constants(inputs)
         return self._on_device[1]
 
     def terms(self, student: Tensor, teacher: Tensor, targets: Targets) -> list[Tensor]:

@@ -26,6 +26,7 @@ from fgd_hooks.losses.attention import Inputs, Weights, no_autocast, plain_terms
 from fgd_hooks.losses.compiled import AS_THEY_ARE, Choice, Passes
 from fgd_hooks.losses.fused_passes import Blocks, Context, Factors, Group
 from fgd_hooks.losses.gc_block import transform, transform_backward
+from fgd_hooks.masks import to_device
 
 # Elements of a feature handled at once. The images of a group share the arithmetic on vectors and maps; an image above
 # the limit is a group of its own and read in chunks of channels.
@@ -33,11 +34,30 @@ _CPU_ELEMENTS = 1 << 19
 _GPU_ELEMENTS = 1 << 25
 
 
+def constants(inputs: Inputs) -> Tensor:
+    """(4, 5) numbers that are the same in each step.
+
+    What turns sums over the batch into the four raw terms; the weights; and what turns a raw term's incoming gradient
+    into the :class:`Factors`, without and with the weights.
+    """
+    weights, t = inputs.weights, inputs.temperature
+    n, c, p = inputs.student.flatten(2).shape
+    backward = (-2 * c * p / n, -2 * c * p / n, p / (c * t * n), c / (p * t * n), -2 / n)
+    of_factors = (weights[0], weights[1], weights[2], weights[2], weights[3])
+    rows = [
+        (c * p / n, c * p / n, 1 / n, 1 / n, 0),
+        (*weights, 0),
+        backward,
+        [factor * weight for factor, weight in zip(backward, of_factors, strict=True)],
+    ]
+    return to_device(torch.tensor(rows, dtype=inputs.foreground.dtype), inputs.foreground.device)
+
+
 def fused_terms(inputs: Inputs, choice: Choice, scales: Tensor) -> tuple[Tensor, ...]:
     """The weighted sum () of what :func:`plain_terms` computes, those terms weighted (4,), and raw (4,).
 
-    Each may be differentiated on its own. ``choice`` says whether the heavy passes run compiled; ``scales`` (4,) are
-    the weights once more, on the device.
+    Each may be differentiated on its own. ``choice`` says whether the heavy passes run compiled; ``scales`` are the
+    :func:`constants`.
     """
     student, *masked, student_block, teacher_block, temperature, weights = inputs
     blocks = (*student_block, *teacher_block)
@@ -77,8 +97,9 @@ class _FusedTerms(torch.autograd.Function):
                 ctx.transformed = [transform(pooled, block) for pooled, block in zip(ctx.pooled, blocks, strict=True)]
                 ctx.offset = ctx.transformed[1][-1] - ctx.transformed[0][-1]
                 ctx.shift = _join([kept.mean[0] for kept in ctx.kept]) + ctx.offset
-                sums[3] = torch.add(sums[3], ctx.shift.square().sum(), alpha=foreground[0].numel())
-            return _weighted(torch.stack(sums) * (1 / len(student)), scales)
+                shift = ctx.shift.view(-1)
+                sums[3] = torch.add(sums[3], torch.dot(shift, shift), alpha=foreground[0].numel())
+            return _weighted(torch.stack(sums) * scales[0, :4], scales)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -92,7 +113,7 @@ class _FusedTerms(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 by_student = _dense_like(student)
                 flat = by_student.flatten(2)
-            factors = _factors(grads, ctx.weights, ctx.scales, len(student))
+            factors = _factors(grads, ctx.weights, ctx.scales)
             context = None
             if factors.context is not None:
                 blocks = _blocks(parameters, foreground.dtype)
@@ -102,7 +123,7 @@ class _FusedTerms(torch.autograd.Function):
                 alone = len(ctx.kept) == 1
                 of_group = context if alone or context is None else context.of(group.images)
                 into = flat if alone or flat is None else flat[group.images]
-                found = ctx.passes.backward(group, kept, factors, ctx.temperature, of_group, into)
+                found = ctx.passes.backward(group, kept, factors, of_group, into)
                 by_wk = _add_each(by_wk, found)
             if by_wk:
                 by_parameters[0], by_parameters[len(parameters) // 2] = by_wk
@@ -111,7 +132,7 @@ class _FusedTerms(torch.autograd.Function):
 
 def _weighted(raw: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
     """The results for the raw terms (4,)."""
-    parts = raw * scales
+    parts = raw * scales[1, :4]
     return parts.sum(), parts, raw
 
 
@@ -134,7 +155,7 @@ def _differentiable_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[
 
 def _context(ctx: Any, factor: Tensor, cells: int, blocks: Blocks) -> tuple[Context, list[Tensor | None]]:
     """The global term's gradient before the features, and those of both blocks' weights without W_k (None)."""
-    scale = factor * -2
+    scale = factor
     by_offset = ctx.shift * (scale * cells)
     by_pooled, by_weights = [], []
     for k, grad in enumerate((by_offset, -by_offset)):
@@ -169,15 +190,18 @@ def _cut(length: int, limit: int) -> list[slice]:
     return [slice(start, min(length, start + size)) for start in range(0, length, size)]
 
 
-def _factors(grads: Sequence[Tensor | None], weights: Weights, scales: Tensor, images: int) -> Factors:
-    """From the gradients at the function's three results to one per raw term, before the division by N."""
+def _factors(grads: Sequence[Tensor | None], weights: Weights, scales: Tensor) -> Factors:
+    """From the gradients at the function's three results to one per raw term."""
     of_loss, of_parts, of_raw = grads
-    total = of_raw
-    for grad in (of_loss, of_parts):
-        if grad is not None:
-            total = grad * scales if total is None else total + grad * scales
-    each: Sequence[Tensor | None] = [None] * 4 if total is None else (total * (1 / images)).unbind()
-    return Factors(*(factor if weight else None for factor, weight in zip(each, weights, strict=True)))
+    if of_parts is None and of_raw is None and of_loss is not None:
+        each = of_loss * scales[3]
+    else:
+        total = torch.zeros_like(scales[1, :4]) if of_raw is None else of_raw
+        for grad in (of_loss, of_parts):
+            total = total if grad is None else total + grad * scales[1, :4]
+        each = torch.cat((total[:3], total[2:])) * scales[2]
+    wanted = (weights[0], weights[1], weights[2], weights[2], weights[3])
+    return Factors(*(factor if weight else None for factor, weight in zip(each.unbind(), wanted, strict=True)))
 
 
 def _dense_like(feature: Tensor) -> Tensor:

@@ -72,11 +72,15 @@ class Context(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """The incoming gradient of each raw term's sum over the batch; None where there is none."""
+    """The incoming gradient of each raw term's sum over the batch, with the constants of its backward pass.
+
+    The attention term has two, for its maps and for its vectors. None where there is no weight.
+    """
 
     foreground: Tensor | None
     background: Tensor | None
-    attention: Tensor | None
+    cells: Tensor | None
+    channels: Tensor | None
     context: Tensor | None
 
 
@@ -119,10 +123,10 @@ def forward_group(group: Group, temperature: float, weights: Weights, blocks: Bl
 
     terms: list[Any] = [None, None, None, squares]
     if energy is not None:
-        energy = energy.squeeze(1).mul_(spatial[-1]).mul_(c * p)
+        energy = energy.squeeze(1).mul_(spatial[-1])
         for k, mask in enumerate((group.foreground, group.background)):
             if weights[k]:
-                terms[k] = (mask * energy).sum()
+                terms[k] = torch.dot(mask.reshape(-1), energy.view(-1))
     student: list[Tensor] = []
     if weights.attention:
         student = [spatial[0], channel[0], spatial[0] - spatial[1], channel[0] - channel[1]]
@@ -139,7 +143,6 @@ def backward_group(
     group: Group,
     kept: Kept,
     factors: Factors,
-    temperature: float,
     context: Context | None,
     by_student: Tensor | None,
 ) -> list[Tensor]:
@@ -149,17 +152,16 @@ def backward_group(
         The gradients at W_k (1, C) of both blocks, or nothing if no gradient flows to the global term.
     """
     group = group.cast()
-    _, c, p = group.student.shape
     into = _StudentGradient(kept.channel, context)
     for factor, mask in ((factors.foreground, group.foreground), (factors.background, group.background)):
         if factor is not None:
             into.focal = mask * factor if into.focal is None else into.focal.addcmul_(mask, factor)
     if into.focal is not None:
-        into.focal = into.focal.mul_(kept.spatial).mul_(-2 * c * p)
-    if factors.attention is not None:
+        into.focal = into.focal.mul_(kept.spatial)
+    if factors.cells is not None and factors.channels is not None:
         cells, channels, *more = kept.student
-        into.cells = _sign_gradient(more[0], cells).mul_(factors.attention * (p / c / temperature))
-        into.channels = _sign_gradient(more[1], channels).mul_(factors.attention * (c / p / temperature))
+        into.cells = _sign_gradient(more[0], cells).mul_(factors.cells)
+        into.channels = _sign_gradient(more[1], channels).mul_(factors.channels)
     by_logits: list[Tensor] = []
     if context is not None:
         by_attend: list[Any] = [None, None]
