@@ -57,23 +57,31 @@ class CallbackStep:
     """A training step with the hooks that the callback installs."""
 
     def __init__(
-        self, student: nn.Module, teacher: Path, config: FGDConfig, batch: dict[str, Any], folder: Path
+        self,
+        student: nn.Module,
+        teacher: Path,
+        config: FGDConfig,
+        batch: dict[str, Any],
+        folder: Path,
+        device: torch.device = torch.device("cpu"),  # noqa: B008
+        host: Any = None,
     ) -> None:
         from fgd_hooks.integrations.ultralytics.session import TrainingSession
         from fgd_hooks.integrations.ultralytics.teacher import fuse_files, load_teachers
 
-        self.student, self.batch, self.optimizer = student, batch, adamw(student)
+        self.student, self.batch = student, batch
+        self.optimizer = adamw(student) if host is None else host.optimizer
         self.trainer = Trainer(
             model=student,
             args=SimpleNamespace(compile=False, seed=0, resume=None, imgsz=batch["img"].shape[-1]),
             batch_size=len(batch["img"]),
             world_size=1,
             ema=None,
-            amp=False,
-            device=torch.device("cpu"),
+            amp=device.type == "cuda",
+            device=device,
             resume=False,
             optimizer=self.optimizer,
-            scaler=SimpleNamespace(is_enabled=lambda: False),
+            scaler=SimpleNamespace(is_enabled=lambda: False) if host is None else host.scaler,
             wdir=folder,
             save_dir=folder,
         )
