@@ -227,8 +227,9 @@ class TrainingSession:
     def step(self, optimizer: Any) -> None:
         """After a step of the student's optimizer: step ours.
 
-        Not where nothing was distilled since the last step: momentum would still move the adapters. Not where the gradient
-        is not finite, ours or, found by a loss scaler whose fused optimizer looks at that itself, the student's.
+        Not where nothing was distilled since the last step: momentum would still move the adapters. Not where the
+        gradient is not finite, ours or, found by a loss scaler whose fused optimizer looks at that itself, the
+        student's.
         """
         taught, self.taught = self.taught, False
         if self.optimizer is None:
