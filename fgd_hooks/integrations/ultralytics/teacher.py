@@ -16,7 +16,6 @@ from fgd_hooks.evaluation.runs import weights_of
 from fgd_hooks.integrations.ultralytics.compat import TASKS, task_of
 from fgd_hooks.pairing import needs_scores
 from fgd_hooks.teacher import OWNED
-from fgd_hooks.teacher import OWNED
 from fgd_hooks.utils.modules import unwrap
 from fgd_hooks.utils.registry import suggestion
 from fgd_hooks.utils.untrained import is_untrained
