@@ -211,7 +211,7 @@ class TrainingSession:
         extra = (loss * count).view(1).to(task.dtype)
         shown = LossItems(items)
         shown.parts = {f"fgd_{_SHORT.get(part, part)}": value for part, value in self.distilled.parts.items()}
-        shown["fgd"] = torch.stack(list(shown.parts.values())).sum()
+        shown["fgd"] = self.distilled.loss  # their sum
         done = self.batches = self.batches + 1
         self.means = {
             part: self.means.get(part, 0) * (1 - 1 / done) + value / done for part, value in shown.parts.items()
