@@ -278,7 +278,7 @@ def test_adapters_skip_the_steps_that_a_fused_optimizer_skips(train, teacher_fil
             for parameter in run.parameters:
                 parameter.grad = torch.ones_like(parameter)
             fused = SimpleNamespace(param_groups=trainer.optimizer.param_groups, found_inf=torch.tensor(overflow))
-            run.step(fused, (), {})
+            run.step(fused)
             assert all(parameter.grad is None for parameter in run.parameters)
             seen.append(all(torch.equal(old, new) for old, new in zip(before, run.parameters, strict=True)))
 
