@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from fgd_hooks import load_config
 from fgd_hooks.config import FGDConfig
 from fgd_hooks.errors import EXTRAS
@@ -41,8 +43,9 @@ def test_configs_yolo_spells_out_the_defaults():
     assert load_config("yolo") == load_config()
 
 
-def test_the_readmes_table_of_settings_names_existing_keys_and_their_defaults():
-    text = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("page", ["README.md", "docs/configuration.md"])
+def test_tables_of_settings_name_existing_keys_and_their_defaults(page):
+    text = (ROOT / page).read_text()
     table = text[text.index("| key | default | meaning |") :].split("\n\n")[0]
     section, compared = "", 0
     for row in table.splitlines()[2:]:
@@ -61,7 +64,7 @@ def test_the_readmes_table_of_settings_names_existing_keys_and_their_defaults():
                     stated = type(value)(stated)
                 assert value == stated, full
                 compared += 1
-    assert compared >= 10
+    assert compared >= 5
 
 
 def test_a_wheel_holds_the_recipes_and_the_marker_of_types(tmp_path):
