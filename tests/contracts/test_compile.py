@@ -349,6 +349,7 @@ def assert_nothing_left(yolo):
     assert not any("loss" in vars(module) for module in YOLO(yolo.trainer.last).model.modules())
 
 
+@pytest.mark.slow
 def test_ultralytics_way_of_calling_a_compiled_model_gives_the_same_training(host):
     """Ultralytics calls model and loss apart when ``compile=True``, here without a compiler."""
     _, expected = host("eager")

@@ -153,6 +153,7 @@ def accumulate(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_one_process_with_the_whole_batch(tmp_path):
     from fgd_hooks import Distiller
     from tests.helpers.tiny import batch

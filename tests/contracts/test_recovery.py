@@ -40,6 +40,7 @@ def once(condition, action):
     return callback
 
 
+@pytest.mark.slow
 def test_nan_recovery_goes_back_to_the_side_file(train, teacher_file, tmp_path, said):
     """The student's weights become NaN in epoch 1; Ultralytics goes back to last.pt and repeats the epoch."""
     callback = FGDCallback(teacher_file, balance={"interval": 2}, **ALWAYS)
@@ -109,7 +110,9 @@ def test_nan_teacher_features_on_one_batch(train, teacher_file, said):
     assert all(tensor.isfinite().all() for tensor in weights(yolo).values() if tensor.is_floating_point())
 
 
-@pytest.mark.parametrize("mode", ["gradient", "fixed"])  # a step that measures, and one that distils
+@pytest.mark.parametrize(
+    "mode", ["gradient", pytest.param("fixed", marks=pytest.mark.slow)]
+)  # a step that measures, and one that distils
 def test_out_of_memory_halves_the_batch_and_goes_on(train, teacher_file, said, mode):
     """Between two accumulated backward passes, with our gradients pending and our features captured."""
     callback = FGDCallback(teacher_file, balance={"mode": mode}, **ALWAYS)
@@ -166,6 +169,7 @@ def scaler_of(scale):
     return replace
 
 
+@pytest.mark.slow
 def test_a_loss_scaler_changes_nothing(train, teacher_file):
     """Its factor, a power of two, cancels exactly: in the student's step, in the adapters' and in the balance."""
     found = {}

@@ -56,6 +56,7 @@ def assert_equal_on_both(one, other):
     assert torch.equal(one["scales"], other["scales"])
 
 
+@pytest.mark.slow
 def test_ranks_agree_both_distil_and_one_saves(two_ranks, tmp_path):
     folder = two_ranks(epochs=2, nbs=8)
     one, other = recorded(folder, 0), recorded(folder, 1)

@@ -116,7 +116,7 @@ def test_of_many_that_find_a_dead_lease_one_takes_it(tmp_path):
         assert sum(each is not None for each in taken) == 1
 
 
-@pytest.mark.parametrize("how", ["released", "taken by another"])
+@pytest.mark.parametrize("how", ["released", pytest.param("taken by another", marks=pytest.mark.slow)])
 def test_a_training_ends_with_its_lease(folder, how):
     program = (
         "import sys, time\nfrom pathlib import Path\nfrom fgd_hooks.study.lease import Lease\n"

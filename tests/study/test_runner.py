@@ -278,7 +278,10 @@ def test_a_job_has_its_threads_and_the_gpus_of_its_study(tmp_path, monkeypatch, 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="processes end another way")
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "how",
+    [signal.SIGTERM, *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGKILL, signal.SIGINT))],
+)
 def test_a_study_that_is_ended_leaves_no_training_behind(tmp_path, how, real):
     parent = tmp_path / "parent.py"
     parent.write_text(

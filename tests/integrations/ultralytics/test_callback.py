@@ -164,6 +164,7 @@ def test_resume_goes_on_from_the_side_file(train, teacher_file, tmp_path):
     assert_nothing_left(yolo)
 
 
+@pytest.mark.slow
 def test_resume_with_other_settings_says_so_and_keeps_those_of_the_beginning(train, teacher_file, tmp_path, caplog):
     from ultralytics import YOLO
     from ultralytics.utils import LOGGER
@@ -186,6 +187,7 @@ def test_resume_with_other_settings_says_so_and_keeps_those_of_the_beginning(tra
         LOGGER.removeHandler(caplog.handler)
 
 
+@pytest.mark.slow
 def test_resume_refuses_a_side_file_of_another_architecture(train, teacher_file, tmp_path):
     from ultralytics import YOLO
 
@@ -200,6 +202,7 @@ def test_resume_refuses_a_side_file_of_another_architecture(train, teacher_file,
     assert_nothing_left(yolo)
 
 
+@pytest.mark.slow
 def test_resume_without_a_side_file_says_so(train, teacher_file, tmp_path, caplog):
     from ultralytics import YOLO
 
@@ -219,13 +222,13 @@ def test_resume_without_a_side_file_says_so(train, teacher_file, tmp_path, caplo
 @pytest.mark.parametrize(
     "settings",
     [
-        {"multi_scale": 0.5},
-        {"freeze": 5},
-        {"nbs": 12},
+        pytest.param({"multi_scale": 0.5}, marks=pytest.mark.slow),
+        pytest.param({"freeze": 5}, marks=pytest.mark.slow),
+        pytest.param({"nbs": 12}, marks=pytest.mark.slow),
         {"rect": True},
-        {"mosaic": 1.0, "close_mosaic": 1, "epochs": 2},
+        pytest.param({"mosaic": 1.0, "close_mosaic": 1, "epochs": 2}, marks=pytest.mark.slow),
         {"optimizer": "MuSGD"},
-        {"single_cls": True},
+        pytest.param({"single_cls": True}, marks=pytest.mark.slow),
     ],
     ids=lambda s: next(iter(s)),
 )
@@ -235,6 +238,7 @@ def test_works_with(train, teacher_file, settings):
     assert_nothing_left(yolo)
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_step_the_adapters_with_the_student(train, teacher_file):
     seen = []
 
@@ -287,6 +291,7 @@ def test_adapters_skip_the_steps_that_a_fused_optimizer_skips(train, teacher_fil
     assert seen == [True, False] * 5
 
 
+@pytest.mark.slow
 def test_two_trainings_of_one_object(train, teacher_file):
     callback = FGDCallback(teacher_file)
     yolo = train(callback, name="one")

@@ -147,6 +147,7 @@ def test_where_the_student_begins(diagnosed, teacher_file):
         assert (finding.status, words in finding.found) == (status, True), str(finding)
 
 
+@pytest.mark.slow
 def test_a_frozen_student(diagnosed):
     assert diagnosed(freeze=10).of("gradient").status == "green", "the neck still learns"
     finding = diagnosed(freeze=23).of("gradient")
@@ -232,7 +233,9 @@ def test_a_training_says_what_is_not_well(train, teacher_file, said, monkeypatch
     assert "Mend: " in found[0]
 
 
-@pytest.mark.parametrize("settings", [{}, {"nbs": 16}], ids=["each step", "accumulated"])
+@pytest.mark.parametrize(
+    "settings", [{}, pytest.param({"nbs": 16}, marks=pytest.mark.slow)], ids=["each step", "accumulated"]
+)
 def test_the_short_form_changes_nothing(train, teacher_file, monkeypatch, settings):
     """The weights after two epochs are the same bit for bit with and without what is said at the start."""
     said = train(FGDCallback(teacher_file), name="said", epochs=2, **settings).trainer.model.state_dict()

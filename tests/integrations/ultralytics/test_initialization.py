@@ -164,7 +164,11 @@ def test_only_the_start_without_any_distillation(train, teacher_file, teachers, 
     assert not torch.equal(seen["weight"], teachers["model.1.conv.weight"][::2]), "weight=0 is the stock run"
 
 
-@pytest.mark.parametrize("augmented", [{"mosaic": 1.0, "cache": "ram"}, {"rect": True}], ids=["mosaic", "rect"])
+@pytest.mark.parametrize(
+    "augmented",
+    [pytest.param({"mosaic": 1.0, "cache": "ram"}, marks=pytest.mark.slow), {"rect": True}],
+    ids=["mosaic", "rect"],
+)
 def test_a_student_that_is_fitted_to_its_teacher_and_then_trains_on_the_same_batches(
     train, teacher_file, student_yaml, log, augmented
 ):

@@ -12,6 +12,7 @@ from fgd_hooks.utils.checkpoint import LAST_CHECKPOINT
 from tests.diagnostics.test_tensorboard import hparams_of, layout_of, read
 
 
+@pytest.mark.slow
 def test_a_run_holds_its_settings_its_page_and_its_row(train, teacher_file, student_yaml):
     callback = FGDCallback(teacher_file, interval=2, balance={"ratio": 0.5}, schedule={"stop": None})
     yolo = train(callback, epochs=2, val=True, seed=5)

@@ -36,6 +36,7 @@ def tensors(value, prefix=""):
     return {place: each for key, item in items for place, each in tensors(item, f"{prefix}/{key}").items()}
 
 
+@pytest.mark.slow
 def test_pictures_change_nothing(train, teacher_file, monkeypatch):
     """Weights, moving average, adapters, optimizers and random states are bit-equal with everything on and off."""
     found = {}
@@ -73,6 +74,7 @@ def test_pictures_change_nothing(train, teacher_file, monkeypatch):
     assert [place for place, value in found["on"].items() if not torch.equal(value, found["off"][place])] == []
 
 
+@pytest.mark.slow
 def test_distance_of_each_epoch_and_pictures_now_and_then(train, teacher_file, monkeypatch):
     seen = []
     monkeypatch.setattr(ultralytics_pictures, "PICTURED", 2)
@@ -122,7 +124,9 @@ def test_short_epochs_are_watched_and_drawn_less_often(monkeypatch, steps, dista
     assert (watched, drawn) == (distances, pictures)
 
 
-@pytest.mark.parametrize("settings", [{"image_interval": 0}, {"log_interval": 0}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [pytest.param({"image_interval": 0}, marks=pytest.mark.slow), {"log_interval": 0}], ids=str
+)
 def test_none(train, teacher_file, settings):
     yolo = train(FGDCallback(teacher_file, **settings))
     tags = events(yolo).Tags()
@@ -130,6 +134,7 @@ def test_none(train, teacher_file, settings):
     assert ("fgd/attention_distance/P3" in tags["scalars"]) == ("image_interval" in settings)
 
 
+@pytest.mark.slow
 def test_a_failure_is_said_once_and_the_training_goes_on(train, teacher_file, monkeypatch, caplog):
     from ultralytics.utils import LOGGER
 

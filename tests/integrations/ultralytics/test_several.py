@@ -44,6 +44,7 @@ def test_two_teachers_and_two_losses_train_and_resume_and_leave_a_record(train, 
     assert not any(module._forward_hooks for module in teachers[1].modules())
 
 
+@pytest.mark.slow
 def test_teachers_named_in_the_configuration(teacher_file, train, tmp_path):
     callback = FGDCallback(config={"teachers": [str(teacher_file)]})
     assert callback.teacher == [str(teacher_file)]
@@ -57,6 +58,7 @@ def test_teachers_named_in_the_configuration(teacher_file, train, tmp_path):
             FGDCallback(config=config)
 
 
+@pytest.mark.slow
 def test_several_teachers_from_the_command_line(teacher_file, student_yaml, data, capsys):
     keys = [f"teacher={teacher_file},{teacher_file}", f"model={student_yaml}", f"data={data}", "imgsz=64"]
     main(["doctor", "--verbose", *keys])
@@ -85,6 +87,7 @@ def test_class_scores_of_a_yolo_teacher(teacher_file, fuse, branch):
         assert len(run_until_tapped(teacher, taps, images)) == 3
 
 
+@pytest.mark.slow
 def test_scored_trains(train, teacher_file, tmp_path):
     train(FGDCallback(teacher_file, loss={"name": "scored"}))
     assert columns(tmp_path / "run")["train/fgd_scored"] > 0
