@@ -104,6 +104,7 @@ def test_what_the_student_found_before_its_training_is_drawn_too(run, teacher_fi
     assert found["teacher"] == found["student before"]
 
 
+@pytest.mark.slow
 def test_images_by_name(run, teacher_file, data, tmp_path, quick, caplog):
     file = read_data(data).images[0].file
     common = {"teacher": teacher_file, "imgsz": 64}

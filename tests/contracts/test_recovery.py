@@ -78,6 +78,7 @@ def test_nan_recovery_goes_back_to_the_side_file(train, teacher_file, tmp_path, 
     assert_nothing_left(yolo)
 
 
+@pytest.mark.slow
 def test_nan_teacher_features_on_one_batch(train, teacher_file, said):
     """The step goes on with the task's loss alone; nothing that is logged or trained becomes NaN."""
     callback = FGDCallback(teacher_file, **ALWAYS)
@@ -189,6 +190,7 @@ def test_a_loss_scaler_changes_nothing(train, teacher_file):
     assert torch.equal(*(found[name][1]["balance"]["scales"] for name in found))
 
 
+@pytest.mark.slow
 def test_a_step_that_the_scaler_skips_leaves_the_adapters_alone(train, teacher_file):
     callback, states = FGDCallback(teacher_file, **ALWAYS), []
 

@@ -17,6 +17,7 @@ from fgd_hooks.evaluation.readers import read_data
 @pytest.fixture
 def yolo(tmp_path: Path) -> Path:
     """Two images of 40 x 20 pixels with one box each, and a data yaml beside them."""
+    pytest.importorskip("ultralytics")  # labels are checked as it checks them
     for name, row in (("one", "0 0.5 0.5 0.5 0.5"), ("two", "1 0.25 0.5 0.1 0.2")):
         for kind in ("images", "labels"):
             (tmp_path / kind / "val").mkdir(parents=True, exist_ok=True)
@@ -94,6 +95,7 @@ def test_an_image_without_label_file_is_background(yolo: Path) -> None:
 
 
 def test_labels_beside_the_images_where_no_folder_is_called_images(tmp_path: Path) -> None:
+    pytest.importorskip("ultralytics")
     Image.new("RGB", (10, 10)).save(tmp_path / "a.v2.png")
     (tmp_path / "a.v2.txt").write_text("0 0.5 0.5 1 1\n")
     (tmp_path / "data.yaml").write_text("val: .\nnames: [cat]\n")

@@ -250,6 +250,7 @@ def test_a_run_that_is_killed_is_told_from_one_that_fails(tmp_path, real):
     assert list(runner.failed.values()) == ["it was killed, perhaps for want of memory"]
 
 
+@pytest.mark.slow
 def test_what_a_failure_raises_ends_the_others(tmp_path, real):
     arms = {"endless": {"kind": "alone", "train": {"warmup_epochs": 15}}, "bad": {"kind": "alone"}}
     arms["bad"]["train"] = {"warmup_epochs": 13}

@@ -270,6 +270,7 @@ def test_adapters_stand_still_where_nothing_is_distilled(train, teacher_file):
     assert not moved
 
 
+@pytest.mark.slow
 def test_adapters_skip_the_steps_that_a_fused_optimizer_skips(train, teacher_file):
     """A loss scaler tells such an optimizer of an overflow by its attribute found_inf, and calls step all the same."""
     seen = []

@@ -155,6 +155,7 @@ def test_a_frozen_student(diagnosed):
     assert "freeze=" in finding.mend
 
 
+@pytest.mark.slow
 def test_fixed_weights_that_are_absurd(diagnosed):
     finding = diagnosed("balance.mode=fixed", "weight=1e6").of("loss scale")
     assert finding.status == "red"

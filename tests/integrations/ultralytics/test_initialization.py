@@ -61,6 +61,7 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_model_and_average_begin_with_the_teachers_weights_and_a_resumed_run_does_not(
     train, teacher_file, teachers, like_teacher, tmp_path, log
 ):

@@ -69,6 +69,7 @@ def test_a_baseline_lies_in_the_charts_of_a_distilled_run(train, teacher_file):
     assert hparams_of(events)["fgd.weight"] == 0
 
 
+@pytest.mark.slow
 def test_a_baseline_in_the_folder_of_a_distilled_run_removes_what_that_left(train, teacher_file):
     folder = train(FGDCallback(teacher_file), name="same").trainer.save_dir
     assert (folder / "fgd.yaml").exists()
