@@ -37,6 +37,11 @@ ARMS = {
     "alone_e20": "the student alone, 20 epochs",
     "alone_scratch": "from random weights, alone, 20 epochs",
     "fgd_scratch": "from random weights, with FGD, 20 epochs",
+    "teacher_again": "the teacher once more, on another machine",
+    "alone_again": "the student alone once more, 10 epochs",
+    "auto": "the defaults since then: neck and head fitted to the teacher, FGD, 10 epochs",
+    "whole": "the same with inherit=fitted: the backbone, too, 10 epochs",
+    "whole_start": "that start alone (fgd.weight=0), 10 epochs",
 }
 LONGER = ["epochs=20"]
 SCRATCH = [*LONGER, "model.pretrained=false", "model.frozen=[]"]
@@ -72,6 +77,11 @@ def run(data: Path, out: Path) -> None:
             "alone_e20": ["train=alone", *LONGER],
             "alone_scratch": ["train=alone", *SCRATCH],
             "fgd_scratch": [*taught, *EARLIER, *SCRATCH],
+            "teacher_again": ["train=teacher", f"epochs={TEACHER_EPOCHS}"],
+            "alone_again": ["train=alone"],
+            "auto": taught,
+            "whole": [*taught, "fgd.inherit=fitted"],
+            "whole_start": [*taught, "fgd.inherit=fitted", "fgd.weight=0"],
         }[arm]
         own += ["resume=true"] if (folder / "last.pt").exists() else []
         program = [
