@@ -274,9 +274,7 @@ class FGDConfig(Section):
     levels: list[str] | None = field(default=None, metadata=NAMES)
     adapter: str = "auto"
     resize: bool = False
-    inherit: str | None = field(
-        default="auto", metadata=one_of("auto", "channels", "fitted", "neck", "head", "neck+head", "")
-    )
+    inherit: str | None = field(default="auto", metadata=INHERITED)
     boxes_from: str = field(default="labels", metadata=one_of("labels", "masks"))
     losses: list[Any] = field(default_factory=list)
     teachers: list[Any] = field(default_factory=list)

@@ -230,7 +230,9 @@ def as_arguments(command: Command, given: Sequence[str]) -> list[str]:
         elif not equals or Path(word).exists():
             loose.append(word)
         elif name and kind.get("nargs") == "+":
-            found = [each.strip(" '\"") for each in value.strip("[]").split(",")]
+            from fgd_hooks.cli.settings import split_list
+
+            found = split_list(value)
             options += [] if key in places else [name, *found]
             places.get(key, []).extend(found)
         elif name and key in places:

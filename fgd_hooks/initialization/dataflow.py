@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fgd_hooks.initialization.layers import Weighted
-from fgd_hooks.utils.modules import join, own_tensors
+from fgd_hooks.utils.modules import Weighted, has_tensors, join, own_tensors
 from fgd_hooks.utils.preserve import preserve
 
 _IMAGES = 2  # the graph of a pass is held meanwhile
@@ -114,8 +113,8 @@ def _deeper(student: nn.Module, teacher: nn.Module) -> bool:
     mine, theirs = list(student.children()), list(teacher.children())
     if not (isinstance(student, nn.Sequential) and isinstance(teacher, nn.Sequential)):
         return False
-    return 1 <= len(mine) < len(theirs) and len({type(each) for each in (*mine, *theirs)}) == 1 and _weighs(mine)
-
-
-def _weighs(modules: list[nn.Module]) -> bool:
-    return all(next(module.parameters(), None) is not None for module in modules)
+    return (
+        1 <= len(mine) < len(theirs)
+        and len({type(each) for each in (*mine, *theirs)}) == 1
+        and all(map(has_tensors, mine))
+    )

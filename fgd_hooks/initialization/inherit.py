@@ -18,7 +18,7 @@ from torch import nn
 from fgd_hooks.initialization.layers import checked, take_over, units
 from fgd_hooks.initialization.neck_head import Parts, named_parts
 from fgd_hooks.initialization.report import InitializationReport
-from fgd_hooks.utils.modules import own_tensors
+from fgd_hooks.utils.modules import has_tensors
 
 MATCHES = ("auto", "name", "order")
 
@@ -93,4 +93,4 @@ def pair_modules(
 def _weighted(model: nn.Module, names: Sequence[str]) -> list[str]:
     """Those of the named modules that hold weights; a name that the model does not have is left to the comparison."""
     found = dict(model.named_modules())
-    return [name for name in names if name not in found or any(map(own_tensors, found[name].modules()))]
+    return [name for name in names if name not in found or has_tensors(found[name])]

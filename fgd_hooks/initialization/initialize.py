@@ -15,7 +15,7 @@ from fgd_hooks.initialization.reconstruction import fit_channels
 from fgd_hooks.initialization.report import InitializationReport
 from fgd_hooks.initialization.weight_selection import inherit_channels
 from fgd_hooks.utils.distributed import WORLD, ProcessGroup, on_any_process
-from fgd_hooks.utils.modules import unwrap
+from fgd_hooks.utils.modules import own_tensors, unwrap
 from fgd_hooks.utils.untrained import is_untrained
 
 LEAST = 0.9
@@ -73,7 +73,9 @@ def initialize(
         raise ValueError("inherit='fitted' needs images to fit to; give initialize(..., images=...).")
     student, teacher = unwrap(student), unwrap(teacher)
     whole = not automatic or is_untrained(student)
-    places = list(parts.values()) if parts else [[name] for name, _ in student.named_modules()]
+    places = (
+        list(parts.values()) if parts else [[name] for name, layer in student.named_modules() if own_tensors(layer)]
+    )
     if not whole and not any(is_untrained(student, names) for names in places):
         return None
     batch: Any = None
@@ -97,7 +99,9 @@ def initialize(
         if failure:
             raise ValueError(failure)
         every = None if modules is None else [pair for pairs in modules.values() for pair in pairs]
-        fit = fit_channels(student, teacher=teacher, images=batch, modules=every, process_group=process_group)
+        fit = fit_channels(
+            student, teacher=teacher, images=batch, modules=every, graph=graph, process_group=process_group
+        )
         return dataclasses.replace(report, fitted=fit.fitted, unfitted=fit.unfitted)
     except ValueError as error:
         if not automatic:

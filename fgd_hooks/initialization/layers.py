@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from fgd_hooks.initialization.report import InitializationReport
 from fgd_hooks.teacher import check_apart, check_finite
 from fgd_hooks.utils.linalg import evenly_spaced
-from fgd_hooks.utils.modules import join, own_tensors, unwrap, write_tensors
+from fgd_hooks.utils.modules import Weighted, join, normalises, own_tensors, unwrap, write_tensors
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
-Weighted = (nn.Linear, nn.modules.conv._ConvNd)
 
 Fit = Literal["equal", "channels", "outputs"]
 """What fits the teacher's layer: tensors of equal shapes; channels of them; a layer whose outputs are channels of its
@@ -35,7 +34,7 @@ class Unit:
     @property
     def normalised(self) -> bool:
         """Whether its last layer is a normalisation."""
-        return _normalises(list(self.layers.values())[-1])
+        return normalises(list(self.layers.values())[-1])
 
     def match(
         self,
@@ -51,7 +50,7 @@ class Unit:
         ``hidden`` are layers whose outputs other layers take, so that they may be channels of the teacher's.
         """
         others = {name: join(counterpart, name[len(prefix) :].lstrip(".")) for name in self.layers}
-        missing = [(other, _normalises(self.layers[name])) for name, other in others.items() if other not in teacher]
+        missing = [(other, normalises(self.layers[name])) for name, other in others.items() if other not in teacher]
         if missing:
             fused = len(missing) < len(others) and all(norm for _, norm in missing)
             return {}, f"the teacher has no {missing[0][0]}" + (" (is it fused?)" if fused else "")
@@ -79,7 +78,7 @@ class Unit:
                 return f"the {count} outputs of {name}{alone} are no channels of the teacher's {of}"
         if fit == "outputs":
             return ""
-        thinner = fit == "channels" and (weighted or _normalises(layer))
+        thinner = fit == "channels" and (weighted or normalises(layer))
         for key in mine:
             shape, whole = tuple(mine[key].shape), tuple(given[key].shape)
             within = len(shape) == len(whole) and all(one <= most for one, most in zip(shape, whole, strict=True))
@@ -95,7 +94,7 @@ def units(model: nn.Module, prefix: str) -> Iterator[Unit]:
     for name, layer in model.get_submodule(prefix).named_modules(prefix=prefix):
         if not own_tensors(layer):
             continue
-        if unit and _normalises(layer) and name.rpartition(".")[0] == list(unit.layers)[-1].rpartition(".")[0]:
+        if unit and normalises(layer) and name.rpartition(".")[0] == list(unit.layers)[-1].rpartition(".")[0]:
             unit.layers[name] = layer
             continue
         if unit:
@@ -166,7 +165,3 @@ def is_depthwise(layer: nn.Module) -> bool:
 def _input_dim(layer: nn.Module) -> int:
     """The dimension of a layer's weight that counts its inputs."""
     return 0 if getattr(layer, "transposed", False) else 1
-
-
-def _normalises(layer: nn.Module) -> bool:
-    return "norm" in type(layer).__name__.lower()

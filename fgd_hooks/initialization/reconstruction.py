@@ -45,6 +45,7 @@ def fit_channels(
     teacher: nn.Module,
     images: Any,
     modules: Sequence[tuple[str, str]] | None = None,
+    graph: Mapping[str, set[str]] | None = None,
     process_group: ProcessGroup = WORLD,
 ) -> InitializationReport:
     """Fit each of the student's convolutions to the evenly spaced channels of the teacher's of that name, in place.
@@ -71,6 +72,8 @@ def fit_channels(
             student will meet them in training; all of them go through the models at once.
         modules: the student's modules that are fitted, each with the teacher's; None: all, where blocks of a longer
             sequence in the teacher are taken evenly.
+        graph: which of the student's layers take what others give, if that is known already
+            (:func:`~fgd_hooks.initialization.dataflow.layer_graph`); None: found by one more pass.
         process_group: the processes that fit together; "world": all, where torch.distributed is at work; None: this
             one alone.
 
@@ -85,7 +88,7 @@ def fit_channels(
     before = {name: value.clone() for name, value in all_tensors(student).items()}
     failure: ValueError | None = None
     try:
-        graph = layer_graph(student, images)
+        graph = layer_graph(student, images) if graph is None else graph
         for pair in counterparts(student, teacher) if modules is None else modules:
             for unit in units(student, pair[0]):
                 name, layer = next(iter(unit.layers.items()))

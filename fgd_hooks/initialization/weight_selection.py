@@ -20,7 +20,7 @@ from torch import nn
 from fgd_hooks.initialization.dataflow import counterparts
 from fgd_hooks.initialization.layers import checked, take_over
 from fgd_hooks.initialization.report import InitializationReport
-from fgd_hooks.utils.modules import own_tensors
+from fgd_hooks.utils.modules import has_tensors
 
 
 def inherit_channels(
@@ -56,6 +56,6 @@ def inherit_channels(
     pairs = {"network": counterparts(student, teacher)} if modules is None else dict(modules)
     report = take_over(student, layers, pairs, "channels", least=least, hidden=hidden)
     if pairs == {"network": [("", "")]}:
-        children = [name for name, child in student.named_children() if any(map(own_tensors, child.modules()))]
+        children = [name for name, child in student.named_children() if has_tensors(child)]
         pairs["network"] = [(name, name) for name in children]
     return dataclasses.replace(report, modules=pairs)

@@ -39,7 +39,7 @@ from fgd_hooks.taps.hooks import LiveHook
 from fgd_hooks.taps.levels import PROBE_SIZE, probe_input
 from fgd_hooks.taps.tap import describe
 from fgd_hooks.teacher import PerTeacher
-from fgd_hooks.utils.modules import unwrap
+from fgd_hooks.utils.modules import has_tensors, unwrap
 from fgd_hooks.utils.preserve import preserve
 
 with needs_extra("torchvision"):
@@ -307,13 +307,11 @@ def detector_parts(detector: nn.Module) -> dict[str, list[str]]:
         TypeError: it is no torchvision detector.
     """
     detector = _detector(detector, "model")
-    inside = [f"backbone.{name}" for name, each in detector.get_submodule("backbone").named_children() if _weighs(each)]
-    head = [name for name, each in detector.named_children() if name != "backbone" and _weighs(each)]
+    inside = [
+        f"backbone.{name}" for name, each in detector.get_submodule("backbone").named_children() if has_tensors(each)
+    ]
+    head = [name for name, each in detector.named_children() if name != "backbone" and has_tensors(each)]
     return {part: names for part, names in (("neck", inside[1:]), ("head", head)) if names}
-
-
-def _weighs(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
 
 
 def _detector(model: nn.Module, role: str) -> nn.Module:

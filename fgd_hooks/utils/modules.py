@@ -21,6 +21,19 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+Weighted = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+def normalises(layer: nn.Module) -> bool:
+    """Whether a layer is a normalisation, of torch or of a package."""
+    return "norm" in type(layer).__name__.lower()
+
+
+def has_tensors(module: nn.Module) -> bool:
+    """Whether a module or one inside it holds parameters or persistent buffers."""
+    return any(map(own_tensors, module.modules()))
+
+
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The parameters and persistent buffers that a module itself holds, without those of its children."""
     tensors: dict[str, Tensor | None] = {**module._parameters}

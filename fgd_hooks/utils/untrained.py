@@ -7,9 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from fgd_hooks.utils.modules import own_tensors
+from fgd_hooks.utils.modules import Weighted, normalises, own_tensors
 
-_WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
 _ENOUGH = 64  # so many drawn numbers nearly fill their interval
 
 
@@ -24,22 +23,26 @@ def is_untrained(model: nn.Module, names: Iterable[str] = ("",)) -> bool:
         model: any model; it is not run.
         names: of its modules.
     """
-    modules = dict(model.named_modules())
-    signs = [_sign(module) for name in names for module in modules[name].modules()]
-    return any(sign is False for sign in signs) and not any(signs)
+    found = False
+    for module in (each for name in names for each in model.get_submodule(name).modules()):
+        trained = _shows_training(module)
+        if trained:
+            return False
+        found |= trained is False
+    return found
 
 
-def _sign(module: nn.Module) -> bool | None:
+def _shows_training(module: nn.Module) -> bool | None:
     """True: it was trained; False: it was not; None: this module does not show it."""
     mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
     if isinstance(mean, Tensor) and isinstance(variance, Tensor):
         return bool(mean.any()) or not bool(torch.all(variance == 1))
     tensors = own_tensors(module)
     weight, bias = tensors.get("weight"), tensors.get("bias")
-    if "norm" in type(module).__name__.lower():
+    if normalises(module):
         given = [each for each in (weight, bias) if each is not None and each.numel() > 1]
         return any(not _constant(each) for each in given) if given else None
-    if not isinstance(module, _WEIGHTED) or weight is None or weight.dim() < 2:
+    if not isinstance(module, Weighted) or weight is None or weight.dim() < 2:
         return None
     if bias is not None and bias.numel() > 1 and _constant(bias):
         return False
