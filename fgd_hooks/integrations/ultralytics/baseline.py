@@ -85,10 +85,7 @@ def keep_columns(trainer: Any) -> None:
     columns = rows[0]
     zero = torch.zeros_like(next(iter(trainer.loss_items.values())))
     kept = []
-    for prefix, losses in (
-        ("train/", trainer.tloss),
-        ("val/", trainer.loss_items),
-    ):  # the validator has the bar's losses
+    for prefix, losses in (("train/", trainer.tloss), ("val/", trainer.loss_items)):  # val/ has the bar's losses
         place = 1 + max((number for number, name in enumerate(columns) if name.startswith(prefix)), default=1)
         new = [name for name in (f"{prefix}{loss}" for loss in losses) if name not in columns]
         for row in rows:

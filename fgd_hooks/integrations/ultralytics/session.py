@@ -78,6 +78,11 @@ class AfterStep:
             self.optimizer.step = self.before
 
 
+def named(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The loss's parts by the names that they have in the log."""
+    return {f"fgd_{_SHORT.get(part, part)}": value for part, value in parts.items()}
+
+
 class LossItems(dict[str, Any]):
     """The named items of a step's loss: the host's and ``fgd``, the sum of the parts, which are found by name as well.
 
@@ -106,7 +111,8 @@ class TrainingSession:
         self.taught = False  # since the last step of the optimizer
         self.gradient_norm = 0.0
         self.batches = 0  # of this epoch
-        self.means: dict[str, Any] = {}  # of the loss's parts over them
+        self.shown: Any = 0  # (parts,) of the loss in the last step that did not rest
+        self.sums: Any = 0  # of them over the batches
         self.ema_model = trainer.ema.ema if trainer.ema else None
         self.handles: list[Any] = []
         self.monitor: TrainingMonitor | None = None  # on the first rank
@@ -207,15 +213,13 @@ class TrainingSession:
             self.monitor.see(distilled, boxes)
         if self.distilled is None or not distilled.resting:
             self.distilled = distilled  # a step that rests goes on showing the last one's parts
+            self.shown = torch.stack(list(distilled.parts.values()))
         # a YOLO loss is the sum over the images of a batch, its items are per image
         extra = (loss * count).view(1).to(task.dtype)
         shown = LossItems(items)
-        shown.parts = {f"fgd_{_SHORT.get(part, part)}": value for part, value in self.distilled.parts.items()}
+        shown.parts = named(self.distilled.parts)
         shown["fgd"] = self.distilled.loss  # their sum
-        done = self.batches = self.batches + 1
-        self.means = {
-            part: self.means.get(part, 0) * (1 - 1 / done) + value / done for part, value in shown.parts.items()
-        }
+        self.batches, self.sums = self.batches + 1, self.sums + self.shown
         return torch.cat([task.view(-1), extra]), shown
 
     def boxes_of(self, batch: Mapping[str, Tensor]) -> PackedBoxes:
@@ -263,7 +267,7 @@ class TrainingSession:
         self.distiller.taps.clear()
         self.distiller.balance.forget()
         self.batch = self.task_loss = None
-        self.batches, self.means = 0, {}
+        self.batches = self.sums = 0
         if self.monitor is not None:
             self.monitor.seen = None
         self._drop_stale_gradients()
@@ -287,8 +291,10 @@ class TrainingSession:
         """Take in a measurement that the epoch's last step began; all ranks come here, before one of them saves."""
         self.distiller.balance.close()
         trainer: Any = self.trainer
-        if trainer.tloss is not None:  # results.csv has the parts, for which the progress bar has no room
-            trainer.tloss = {**trainer.tloss, **self.means}
+        if trainer.tloss is not None and self.distilled is not None and self.batches:
+            # results.csv has the parts, for which the progress bar has no room
+            means = zip(self.distilled.parts, self.sums / self.batches, strict=True)
+            trainer.tloss = {**trainer.tloss, **named(dict(means))}
         if self.monitor is not None:
             keep_columns(self.trainer)
             self.monitor.end_training_epoch()
