@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fgd_hooks.adapters import automatic_adapter
 from fgd_hooks.masks import PackedBoxes
-from fgd_hooks.taps.levels import probe_input
+from fgd_hooks.taps.probe import probe_input
 from fgd_hooks.utils.preserve import preserve
 
 if TYPE_CHECKING:

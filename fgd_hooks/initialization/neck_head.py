@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from fgd_hooks.taps.chooser import Chooser
-from fgd_hooks.taps.levels import find_levels, probes, tapped
+from fgd_hooks.taps.levels import find_levels, tapped
 from fgd_hooks.taps.observation import Observation
+from fgd_hooks.taps.probe import probes
 from fgd_hooks.utils.modules import own_tensors, unwrap
 from fgd_hooks.utils.preserve import preserve
 from fgd_hooks.utils.registry import suggestion

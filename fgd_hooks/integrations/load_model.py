@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fgd_hooks.errors import ModelNameError, needs_extra
 from fgd_hooks.evaluation.runs import weights_of
-from fgd_hooks.taps.levels import probe_input
+from fgd_hooks.taps.probe import probe_input
 from fgd_hooks.utils.registry import suggestion
 
 FILES = (".pt", ".pth", ".yaml", ".yml")

@@ -36,7 +36,7 @@ from fgd_hooks.errors import TapError, needs_extra
 from fgd_hooks.masks import PackedBoxes
 from fgd_hooks.taps.canvas import Size
 from fgd_hooks.taps.hooks import LiveHook
-from fgd_hooks.taps.levels import PROBE_SIZE, probe_input
+from fgd_hooks.taps.probe import PROBE_SIZE, probe_input
 from fgd_hooks.taps.tap import describe
 from fgd_hooks.teacher import PerTeacher
 from fgd_hooks.utils.modules import has_tensors, unwrap

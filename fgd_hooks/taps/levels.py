@@ -16,7 +16,7 @@ from fgd_hooks.taps.chooser import Chooser
 from fgd_hooks.taps.hooks import FeatureTaps, run_until_tapped
 from fgd_hooks.taps.layout import MOST_PREFIXES, Layout
 from fgd_hooks.taps.observation import Leaf, ModuleCall, Observation, Path, Tree, leaves
-from fgd_hooks.taps.probe import PROBE_SIZE, fixed_size, probe_input, probes
+from fgd_hooks.taps.probe import fixed_size, probes
 from fgd_hooks.taps.tap import Tap, expand_taps
 from fgd_hooks.taps.tokens import ImagePath, Memory, last_tokens
 from fgd_hooks.utils.modules import unwrap
@@ -373,17 +373,3 @@ def find_sources(model: nn.Module, taps: Sequence[Tap], *, example: Any = None) 
             if leaf is not None and leaf.number in made:
                 sources[tap] = made[leaf.number]
     return [sources.get(tap) for tap in taps]
-
-
-__all__ = [
-    "BEFORE_ENCODER",
-    "PROBE_SIZE",
-    "Level",
-    "common_size",
-    "find_levels",
-    "find_sources",
-    "fixed_size",
-    "probe_input",
-    "probes",
-    "tapped",
-]

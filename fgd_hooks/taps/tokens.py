@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -39,23 +39,21 @@ class ImagePath:
 
     def prefix(self, module: str) -> int | None:
         """What the innermost model around a module says about its tokens without a place (timm's do)."""
-        return self._said(module, "num_prefix_tokens")
+        return self._said(module, lambda part: getattr(part, "num_prefix_tokens", None))
 
     def suffix(self, module: str) -> int:
         """What the innermost model around a module says about tokens behind those of the image (YOLOS)."""
-        for name in _around(module):
-            number = getattr(getattr(self.model.get_submodule(name), "config", None), "num_detection_tokens", None)
-            if isinstance(number, int):
-                return number
-        return 0
+        return (
+            self._said(module, lambda part: getattr(getattr(part, "config", None), "num_detection_tokens", None)) or 0
+        )
 
     def says(self, module: str) -> bool:
         """Whether the model says which of its tokens have a place."""
         return self.prefix(module) is not None or self.suffix(module) > 0
 
-    def _said(self, module: str, attribute: str) -> int | None:
+    def _said(self, module: str, attribute: Callable[[nn.Module], Any]) -> int | None:
         for name in _around(module):
-            number = getattr(self.model.get_submodule(name), attribute, None)
+            number = attribute(self.model.get_submodule(name))
             if isinstance(number, int):
                 return number
         return None

@@ -6,16 +6,8 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("scipy")  # transformers' matching of boxes takes it
 
-from transformers import (
-    DetrConfig,
-    DetrForObjectDetection,
-    ResNetConfig,
-    RTDetrConfig,
-    RTDetrForObjectDetection,
-    RTDetrResNetConfig,
-)
-
 from fgd_hooks import Distiller
+from tests.helpers import transformers_models as models
 
 IMAGES = torch.rand(2, 3, 96, 128, generator=torch.Generator().manual_seed(0))
 BOXES = [torch.tensor([[16.0, 16.0, 64.0, 80.0]]), torch.zeros(0, 4)]
@@ -25,48 +17,14 @@ LABELS = [
 ]
 
 
-def body(kind, width, stages):
-    widths = [width * number for number in (1, 2, 3, 4)]
-    settings = {"embedding_size": width, "hidden_sizes": widths, "depths": [1] * 4, "layer_type": "basic"}
-    return kind(**settings, out_features=stages)
-
-
 def rt_detr(width=8, hidden=16):
-    torch.manual_seed(width)
-    config = RTDetrConfig(
-        backbone_config=body(RTDetrResNetConfig, width, ["stage2", "stage3", "stage4"]),
-        encoder_in_channels=[2 * width, 3 * width, 4 * width],
-        encoder_hidden_dim=hidden,
-        decoder_in_channels=[hidden] * 3,
-        d_model=hidden,
-        encoder_ffn_dim=16,
-        decoder_ffn_dim=16,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        decoder_layers=1,
-        num_queries=10,
-        num_denoising=0,
-        num_labels=3,
-    )
-    return RTDetrForObjectDetection(config)
+    return models.rt_detr(width=width, hidden=hidden, num_denoising=0, num_labels=3)
 
 
 def detr(width=8, hidden=16):
-    torch.manual_seed(width)
-    config = DetrConfig(
-        use_timm_backbone=False,
-        backbone_config=body(ResNetConfig, width, ["stage4"]),
-        d_model=hidden,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=16,
-        decoder_ffn_dim=16,
-        num_queries=10,
-        num_labels=3,
-    )
-    return DetrForObjectDetection(config)
+    sizes = {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "num_queries": 10, "num_labels": 3, "decoder_layers": 1}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    return models.detr(width=width, d_model=hidden, use_timm_backbone=False, **sizes, **heads)
 
 
 NECK = {"student_taps": ["model.encoder[last_hidden_state]"], "teacher_taps": ["model.encoder[last_hidden_state]"]}
@@ -75,7 +33,7 @@ NECK = {"student_taps": ["model.encoder[last_hidden_state]"], "teacher_taps": ["
 @pytest.mark.parametrize(
     ("build", "config", "levels"),
     [
-        (rt_detr, {}, {"P3": 16, "P4": 16, "P5": 16}),  # what feeds the encoder
+        (rt_detr, {}, {"P3": 16, "P4": 16, "P5": 16}),  # what the encoder returns
         (rt_detr, NECK, {"P3": 16, "P4": 16, "P5": 16}),  # what it returns: a list inside a dict
         (detr, NECK, {"P5": 16}),  # tokens inside a dict
     ],

@@ -11,7 +11,8 @@ from fgd_hooks.errors import LayoutError, TapError
 from fgd_hooks.taps.canvas import fits
 from fgd_hooks.taps.hooks import FeatureTaps, run_until_tapped
 from fgd_hooks.taps.layout import Layout, infer_layout
-from fgd_hooks.taps.levels import common_size, find_levels, fixed_size, probe_input
+from fgd_hooks.taps.levels import common_size, find_levels
+from fgd_hooks.taps.probe import fixed_size, probe_input
 from fgd_hooks.taps.tap import Tap, replaced
 from tests.helpers.tiny import TinyDetector, batch
 

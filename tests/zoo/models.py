@@ -31,40 +31,20 @@ def pyramid(channels: int | tuple[int, ...], *strides: int) -> tuple[tuple[int, 
     return tuple(zip(strides, widths, strict=True))
 
 
-def resnet(kind: str, *stages: int) -> Any:
-    import transformers
-
-    settings = {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1] * 4, "layer_type": "basic"}
-    return getattr(transformers, f"{kind}Config")(**settings, out_features=[f"stage{number}" for number in stages])
-
-
-DETR = {"encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+DETR = {"decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
 DETR |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
 
 
 def detr(kind: str, *stages: int, **settings: Any) -> nn.Module:
-    import transformers as hf
+    from tests.helpers.transformers_models import detr
 
-    config = getattr(hf, f"{kind}Config")(backbone_config=resnet("ResNet", *stages), **DETR, **settings)
-    model: nn.Module = getattr(hf, f"{kind}ForObjectDetection")(config)
-    return model
+    return detr(kind, stages, **DETR, **settings)
 
 
 def rt_detr(kind: str) -> nn.Module:
-    import transformers as hf
+    from tests.helpers.transformers_models import rt_detr
 
-    config = getattr(hf, f"{kind}Config")(
-        backbone_config=resnet("RTDetrResNet", 2, 3, 4),
-        encoder_in_channels=[16, 24, 32],
-        decoder_in_channels=[16] * 3,
-        **dict.fromkeys(("encoder_hidden_dim", "d_model", "encoder_ffn_dim", "decoder_ffn_dim"), 16),
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        decoder_layers=2,
-        num_queries=10,
-    )
-    model: nn.Module = getattr(hf, f"{kind}ForObjectDetection")(config)
-    return model
+    return rt_detr(kind, decoder_layers=2)
 
 
 def rf_detr() -> nn.Module:
