@@ -37,7 +37,8 @@ def _shows_training(module: nn.Module) -> bool | None:
     mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
     if isinstance(mean, Tensor) and isinstance(variance, Tensor):
         return bool(mean.any()) or not bool(torch.all(variance == 1))
-    tensors = own_tensors(module)
+    # sharded and quantised tensors are of kinds of their own, with operations of their own
+    tensors = {key: each for key, each in own_tensors(module).items() if type(each) in (Tensor, nn.Parameter)}
     weight, bias = tensors.get("weight"), tensors.get("bias")
     if normalises(module):
         given = [each for each in (weight, bias) if each is not None and each.numel() > 1]

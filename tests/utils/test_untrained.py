@@ -60,3 +60,20 @@ def test_parts_of_a_model_each_on_its_own():
     assert is_untrained(model, ["neck"])
     assert is_untrained(model, ["neck", "head"])
     assert not is_untrained(model, ["stem", "head"]), "one layer that was trained is enough"
+
+
+class Sharded(torch.Tensor):
+    """A tensor that knows few operations."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        raise NotImplementedError(function)
+
+
+def test_of_tensors_of_another_kind_nothing_is_known():
+    layer = nn.Linear(32, 32)
+    weight = layer.weight.detach().as_subclass(Sharded)
+    del layer.weight
+    layer.register_buffer("weight", None)
+    layer._buffers["weight"] = weight
+    assert not is_untrained(nn.Sequential(layer, nn.Identity()))
